@@ -1,0 +1,11 @@
+"""Two families of error: the user's input (MovdcError) and our bugs (InternalError)."""
+
+from __future__ import annotations
+
+
+class MovdcError(Exception):
+    """The input cannot be compiled; the message is one sentence: what, where, what is allowed, what to do next."""
+
+
+class InternalError(Exception):
+    """A bug in movdc; the message names the stage, pass or node, so that a report can be acted on."""

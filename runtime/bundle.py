@@ -1,0 +1,250 @@
+"""The bundle format: the dataclasses of bundle.json, and the reader that trusts no file (docs/bundle.md)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal
+
+import numpy as np
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+
+from movdc.runtime.errors import BundleError
+
+FORMAT_VERSION = 1
+MANIFEST = "bundle.json"
+SEAL = "bundle.sha256"
+
+DType = Literal["f32", "f16", "bf16", "i64", "i32", "i8", "u8", "bool"]
+ITEM_BYTES: dict[DType, int] = {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}
+NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
+    "f32": np.dtype(np.float32),
+    "f16": np.dtype(np.float16),
+    "i64": np.dtype(np.int64),
+    "i32": np.dtype(np.int32),
+    "i8": np.dtype(np.int8),
+    "u8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_),
+}
+
+
+def _inside(path: str) -> str:
+    parts = PurePosixPath(path).parts
+    if not parts or path.startswith("/") or "\\" in path or ".." in parts or "/".join(parts) != path:
+        raise ValueError(f"{path!r} is not a plain path inside the bundle")
+    return path
+
+
+BundlePath = Annotated[str, AfterValidator(_inside)]
+
+
+class _Record(BaseModel):
+    """Part of the manifest: immutable, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TensorSpec(_Record):
+    """One named tensor between stages or partitions."""
+
+    name: str
+    dtype: DType
+    shape: tuple[int, ...]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of the contiguous row-major tensor."""
+        return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
+
+
+class File(_Record):
+    """A file of the bundle, checked before anything parses it."""
+
+    path: BundlePath
+    size_bytes: int = Field(ge=0)
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Constant(_Record):
+    """A tensor inside a weights file: bytes [offset_bytes, offset_bytes + size_bytes) of that file."""
+
+    key: str  # the name the program asks for
+    offset_bytes: int = Field(ge=0)
+    size_bytes: int = Field(ge=0)
+    dtype: DType
+    shape: tuple[int, ...]
+
+
+class WeightsFile(_Record):
+    """A content-addressed file of tensors, shared by every partition that names it."""
+
+    path: BundlePath
+    constants: tuple[Constant, ...]
+
+
+class Partition(_Record):
+    """A piece of a stage that is loaded, run and freed as one."""
+
+    name: str  # STAGE.VARIANT.INDEX
+    program: BundlePath
+    weights: BundlePath | None  # a WeightsFile.path; None if the piece has no weights
+    inputs: tuple[TensorSpec, ...]  # in the order of the program's arguments
+    outputs: tuple[TensorSpec, ...]
+    weight_bytes: int  # as stored
+    held_bytes: int  # as the target holds them once loaded
+    load_bytes: int  # held_bytes plus what loading needs for a moment
+    working_bytes: int  # scratch while running, without inputs and outputs
+    flops: int  # 2 x multiply-adds of matrix products and convolutions
+
+
+class Instruction(_Record):
+    """One step of a schedule."""
+
+    op: Literal["load", "run", "free"]
+    partition: str
+
+
+class Variant(_Record):
+    """One way to run a stage; a tensor lives from the run that makes it to the last run that reads it."""
+
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    schedule: tuple[Instruction, ...]
+    peak_bytes: int
+
+
+class Stage(_Record):
+    """One model of the pipeline."""
+
+    name: str
+    cadence: Literal["once", "per_step", "per_chunk"]
+    variants: dict[str, Variant]
+
+
+class Sampler(_Record):
+    """First-order rectified flow: z += v * dt from noise at t = 1 to data at t = 0 (arXiv 2209.03003)."""
+
+    solver: Literal["euler"]
+    prediction: Literal["rectified_flow"]  # v = data - noise
+    steps: int = Field(ge=1)
+    shift: float = Field(gt=0)  # r of t' = r t / (1 + (r - 1) t)
+    rounded: bool  # timesteps rounded to integers before the shift
+    guidance: float
+    latent: tuple[int, int, int, int, int]  # [1, C, T, H, W]
+
+
+class Chunk(_Record):
+    """A run of latent frames that the temporal decoder turns into frames, on its own."""
+
+    variant: str
+    latent_frames: int
+    frames: int
+
+
+class Decode(_Record):
+    """How latents become frames: chunks through vae_temporal, then micro-batches of frames through vae_spatial."""
+
+    chunks: tuple[Chunk, ...]
+    micro_batch_frames: int
+
+
+class Prompt(_Record):
+    """How text becomes tokens."""
+
+    tokenizer: BundlePath  # a `tokenizers` JSON file
+    max_tokens: int
+    pad_id: int
+    aesthetic: float | None  # the score appended to a prompt that names none; None appends nothing
+    cleaning: Literal["open-sora"]
+
+
+class Video(_Record):
+    """What comes out."""
+
+    frames: int
+    height: int
+    width: int
+    fps: int
+
+
+class Manifest(_Record):
+    """bundle.json."""
+
+    format_version: Literal[1]
+    family: str
+    target: str
+    device: str
+    budget_bytes: int
+    peak_bytes: int
+    video: Video
+    prompt: Prompt
+    sampler: Sampler
+    decode: Decode
+    stages: tuple[Stage, ...]
+    partitions: tuple[Partition, ...]
+    weights: tuple[WeightsFile, ...]
+    files: tuple[File, ...]
+    spec: dict[str, Any]  # the resolved YAML, for people
+    pipeline: str  # the passes that ran, as they parse back
+    versions: dict[str, str]
+
+
+class Bundle:
+    """A bundle directory whose manifest has been checked against its seal."""
+
+    def __init__(self, root: Path, manifest: Manifest) -> None:
+        self.root = root
+        self.manifest = manifest
+
+    @classmethod
+    def read(cls, root: Path) -> Bundle:
+        """Read the manifest; raises BundleError naming the file that is missing, damaged or foreign."""
+        if not root.is_dir():
+            raise BundleError(f"{root}: no such bundle; make one with `movdc compile SPEC -o {root}`")
+        seal = _read_plain(root / SEAL).decode("ascii", "replace")
+        text = _read_plain(root / MANIFEST)
+        if seal != seal_of(text):
+            raise BundleError(f"{root / MANIFEST}: does not match {SEAL}; compile the bundle again")
+        try:
+            version = json.loads(text)["format_version"]
+            if version != FORMAT_VERSION:
+                raise BundleError(
+                    f"{root / MANIFEST}: format_version {version}, this movdc reads {FORMAT_VERSION}; compile again"
+                )
+            return cls(root, Manifest.model_validate_json(text))
+        except (ValidationError, ValueError, KeyError, TypeError) as error:
+            first = str(error).splitlines()[0]
+            raise BundleError(f"{root / MANIFEST}: not a movdc manifest ({first})") from error
+
+    @cached_property
+    def partitions(self) -> dict[str, Partition]:
+        """Partitions by name."""
+        return {partition.name: partition for partition in self.manifest.partitions}
+
+    @cached_property
+    def stages(self) -> dict[str, Stage]:
+        """Stages by name."""
+        return {stage.name: stage for stage in self.manifest.stages}
+
+
+def seal_of(manifest_text: bytes) -> str:
+    """The whole content of bundle.sha256, in the form that `sha256sum -c` checks."""
+    return f"{hashlib.sha256(manifest_text).hexdigest()}  {MANIFEST}\n"
+
+
+def _read_plain(path: Path) -> bytes:
+    """Read a file that must be a plain file and not a link."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except FileNotFoundError:
+        raise BundleError(f"{path}: missing; compile the bundle again") from None
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be opened as a plain file ({error.strerror})") from None
+    with os.fdopen(descriptor, "rb") as file:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise BundleError(f"{path}: not a plain file")
+        return file.read()

@@ -1,0 +1,11 @@
+"""The runtime's errors: each is one sentence for the person who runs a bundle."""
+
+from __future__ import annotations
+
+
+class RuntimeFault(Exception):
+    """Something in the bundle, its inputs or this machine stops the run; the message says what to do."""
+
+
+class BundleError(RuntimeFault):
+    """A file of the bundle is missing, damaged, foreign or not where it should be."""
