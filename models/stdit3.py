@@ -77,8 +77,7 @@ def position_embedding_2d(
 ) -> Tensor:
     """Sinusoidal table of a patch grid, [1, rows * columns, channels] fp32, column half first (Open-Sora 1.2).
 
-    Coordinates are divided by `scale`; with `base_size` the longer and the shorter side are stretched to that many
-    units, so that all resolutions share one range.
+    With `base_size` both axes first span that many units, whatever their patches; then `scale` divides them.
     """
     frequencies = inverse_frequencies(channels // 2, device)
 

@@ -1,0 +1,154 @@
+"""Weights by reference: where a tensor lies and how it is transformed; read only when a partition is lowered."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from movdc.compiler.errors import MovdcError
+
+
+class Source(Protocol):
+    """Something that holds tensors under published keys."""
+
+    @property
+    def label(self) -> str:
+        """A name for people and for the printed program."""
+
+    def refs(self) -> Mapping[str, WeightRef]:
+        """Every tensor's shape and dtype, without its data."""
+
+    def read(self, key: str) -> Tensor:
+        """One tensor's data."""
+
+
+@dataclass(frozen=True)
+class Transform:
+    """A change of layout done when the tensor is read."""
+
+    op: Literal["permute", "reshape"]
+    args: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.op}[{','.join(map(str, self.args))}]"
+
+    def apply(self, tensor: Tensor) -> Tensor:
+        """The transformed tensor (of data or fake)."""
+        return tensor.permute(self.args) if self.op == "permute" else tensor.reshape(self.args)
+
+
+@dataclass(frozen=True)
+class WeightRef:
+    """A tensor of a checkpoint; `shape` is that of the stored tensor, before the transforms."""
+
+    source: Source
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    transforms: tuple[Transform, ...] = ()
+
+    def then(self, *transforms: Transform) -> WeightRef:
+        """The same tensor with more transforms after those it has."""
+        return replace(self, transforms=self.transforms + transforms)
+
+    def read(self) -> Tensor:
+        """The data, contiguous, in fp32 where it is floating point."""
+        tensor = self.source.read(self.key)
+        for transform in self.transforms:
+            tensor = transform.apply(tensor)
+        return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+
+    def __str__(self) -> str:
+        return " ".join([f"{self.source.label}:{self.key}", *map(str, self.transforms)])
+
+
+class SafetensorsSource:
+    """The *.safetensors files of a checkpoint folder."""
+
+    def __init__(self, folder: Path, files: list[Path]) -> None:
+        self.label = folder.name
+        self._files: dict[str, Path] = {}
+        self._refs: dict[str, WeightRef] = {}
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for key in tensors.keys():  # noqa: SIM118  # safe_open is no mapping: it has no __iter__
+                        part = tensors.get_slice(key)
+                        dtype = _SAFETENSORS_DTYPES[part.get_dtype()]
+                        self._files[key] = file
+                        self._refs[key] = WeightRef(self, key, tuple(part.get_shape()), dtype)
+            except (SafetensorError, OSError, KeyError) as error:
+                raise MovdcError(f"{file}: is not a readable safetensors file ({error}); fetch it again") from None
+
+    def refs(self) -> Mapping[str, WeightRef]:
+        return self._refs
+
+    def read(self, key: str) -> Tensor:
+        with safe_open(self._files[key], framework="pt") as tensors:
+            return tensors.get_tensor(key)
+
+
+class PickleSource:
+    """The sharded pytorch_model-*.bin files of a checkpoint folder, loaded with weights_only=True and never otherwise."""
+
+    def __init__(self, folder: Path, index: Path) -> None:
+        self.label = folder.name
+        self._tensors: dict[str, Tensor] = {}
+        for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
+            try:
+                # mmap: a tensor's bytes are read when it is used, not here.
+                self._tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            except Exception as error:  # noqa: BLE001  # torch.load raises a dozen unrelated types on bad files
+                reason = str(error).splitlines()[0]
+                raise MovdcError(f"{folder / name}: cannot be loaded as weights only ({reason}); fetch it again") from None
+
+    def refs(self) -> Mapping[str, WeightRef]:
+        return {key: WeightRef(self, key, tuple(t.shape), t.dtype) for key, t in self._tensors.items()}
+
+    def read(self, key: str) -> Tensor:
+        return self._tensors[key]
+
+
+class RandomSource:
+    """Seeded weights for a model without a checkpoint: each tensor depends on (seed, key, shape) alone."""
+
+    def __init__(self, seed: int, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.label = f"random:{seed}"
+        self._seed = seed
+        self._refs = {key: WeightRef(self, key, shape, torch.float32) for key, shape in shapes.items()}
+
+    def refs(self) -> Mapping[str, WeightRef]:
+        return self._refs
+
+    def read(self, key: str) -> Tensor:
+        shape = self._refs[key].shape
+        if len(shape) < 2:  # gains near one, biases near zero: signals keep their size through deep stacks
+            return torch.zeros(shape) if key.endswith("bias") else torch.ones(shape)
+        digest = hashlib.sha256(f"{self._seed}:{key}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
+
+
+def open_checkpoint(folder: Path) -> Source:
+    """The weights of a folder in a published layout; raises MovdcError that names the files wanted."""
+    index = folder / "pytorch_model.bin.index.json"
+    if files := sorted(folder.glob("*.safetensors")):
+        return SafetensorsSource(folder, files)
+    if index.is_file():
+        return PickleSource(folder, index)
+    raise MovdcError(f"{folder}: holds no weights; expected *.safetensors or {index.name} with its shards")
+
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
