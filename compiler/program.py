@@ -84,7 +84,9 @@ class Program:
     def map_graphs(self, rewrite: Mapping[tuple[str, str], Graph]) -> Program:
         """The program with the graphs at (stage, variant) replaced."""
         stages = tuple(
-            replace(stage, variants={name: rewrite.get((stage.name, name), graph) for name, graph in stage.variants.items()})
+            replace(
+                stage, variants={name: rewrite.get((stage.name, name), graph) for name, graph in stage.variants.items()}
+            )
             for stage in self.stages
         )
         return replace(self, stages=stages)

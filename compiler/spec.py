@@ -133,7 +133,9 @@ def _line(lines: dict[Path_, int], key: Path_) -> int:
 def _explain(path: Path, error: ValidationError, lines: dict[Path_, int]) -> str:
     """One sentence for the first thing that is wrong."""
     first = error.errors()[0]
-    key = tuple(str(part) for part in first["loc"] if str(part) in {p for k in lines for p in k} or first["type"] == "missing")
+    key = tuple(
+        str(part) for part in first["loc"] if str(part) in {p for k in lines for p in k} or first["type"] == "missing"
+    )
     dotted = ".".join(key)
     where = f"{path}:{_line(lines, key)}: {dotted}"
     if first["type"] == "extra_forbidden":

@@ -98,7 +98,7 @@ class SafetensorsSource:
 
 
 class PickleSource:
-    """The sharded pytorch_model-*.bin files of a checkpoint folder, loaded with weights_only=True and never otherwise."""
+    """The sharded pytorch_model-*.bin files of a checkpoint folder, always loaded with weights_only=True."""
 
     def __init__(self, folder: Path, index: Path) -> None:
         self.label = folder.name
@@ -109,7 +109,9 @@ class PickleSource:
                 self._tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # noqa: BLE001  # torch.load raises a dozen unrelated types on bad files
                 reason = str(error).splitlines()[0]
-                raise MovdcError(f"{folder / name}: cannot be loaded as weights only ({reason}); fetch it again") from None
+                raise MovdcError(
+                    f"{folder / name}: cannot be loaded as weights only ({reason}); fetch it again"
+                ) from None
 
     def refs(self) -> Mapping[str, WeightRef]:
         return {key: WeightRef(self, key, tuple(t.shape), t.dtype) for key, t in self._tensors.items()}

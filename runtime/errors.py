@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 
-class RuntimeFault(Exception):
+class RunError(Exception):
     """Something in the bundle, its inputs or this machine stops the run; the message says what to do."""
 
 
-class BundleError(RuntimeFault):
+class BundleError(RunError):
     """A file of the bundle is missing, damaged, foreign or not where it should be."""

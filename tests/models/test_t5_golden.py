@@ -19,7 +19,8 @@ def test_matches_the_reference(batch: str, golden: Callable[[str], Any], assert_
     model = T5EncoderModel(T5Config(**meta["config"])).eval()
     weights = {key.removeprefix("w."): value for key, value in tensors.items() if key.startswith("w.")}
     missing, unexpected = model.load_state_dict(weights, strict=False)
-    assert set(missing) <= {"encoder.embed_tokens.weight"} and not unexpected
+    assert set(missing) <= {"encoder.embed_tokens.weight"}
+    assert not unexpected
 
     ids, mask = tensors[f"{batch}.in.ids"], tensors[f"{batch}.in.mask"]
     with torch.no_grad():

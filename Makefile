@@ -1,0 +1,32 @@
+# make setup: .venv with pinned packages and the engine built    make demo: compile the example and make a video
+# make check: format, lint, types, layering                       make test: check, then every test
+
+PYTHON ?= python3.11
+BIN := .venv/bin
+SOURCES := compiler models passes runtime targets
+
+.PHONY: setup check test format
+
+setup: .venv/ready
+
+# torch goes first and alone: another package that asks for it would bring gigabytes that nothing here uses.
+.venv/ready: constraints.txt requirements.txt pyproject.toml $(wildcard CMakeLists.txt runtime/engine/*)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/pip install -q torch==2.13.0
+	$(BIN)/pip install -q -c constraints.txt -r requirements.txt
+	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
+	touch $@
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	@mkdir -p build/types/movdc
+	@for folder in $(SOURCES); do ln -sfn $(CURDIR)/$$folder build/types/movdc/$$folder; done
+	MYPYPATH=build/types $(BIN)/mypy $(foreach folder,$(SOURCES),-p movdc.$(folder))
+
+test: check
+	@start=$$(date +%s); $(BIN)/python -m pytest -q tests && echo "tests took $$(( $$(date +%s) - start )) s"
+
+format:
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,293 @@
+"""The family opensora-1.2: checkpoints, stages, timestep shift, decode chunks, prompt rules (arXiv 2412.20404)."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
+
+from movdc.compiler.family import Family
+from movdc.compiler.program import Graph, Program, Stage
+from movdc.compiler.spec import ModelSpec, SpecFile, VideoSpec
+from movdc.compiler.trace import trace
+from movdc.compiler.weights import RandomSource, Source, WeightRef, open_checkpoint
+from movdc.models.opensora_vae import OpenSoraVAEConfig, SpatialDecode, TemporalDecode, decode_chunks, latent_frames
+from movdc.models.stdit3 import STDiT3, STDiT3Config
+from movdc.runtime.bundle import Chunk, Decode, Prompt, Sampler, TensorSpec
+
+LATENT_CHANNELS = 4
+PIXELS_PER_LATENT = 8
+BASE_PIXELS = 512 * 512  # the resolution at which the timestep shift is 1
+TOKENIZER = "tokenizer/tokenizer.json"
+
+
+class TextEncoder(nn.Module):
+    """Stage: token ids [1, L] and mask [1, L] to text states [1, L, D] (T5 v1.1, arXiv 1910.10683)."""
+
+    def __init__(self, config: T5Config) -> None:
+        super().__init__()
+        self.t5 = T5EncoderModel(config)
+
+    def forward(self, input_ids: Tensor, text_mask: Tensor) -> Tensor:
+        """Encode; padded positions are not attended to."""
+        states: Tensor = self.t5(input_ids=input_ids, attention_mask=text_mask).last_hidden_state
+        return states
+
+
+class Denoiser(nn.Module):
+    """Stage: one guided evaluation, the caption in row 0 and the null caption in row 1."""
+
+    def __init__(self, config: STDiT3Config, video: VideoSpec) -> None:
+        super().__init__()
+        self.stdit = STDiT3(config)
+        self.video = video
+
+    def forward(self, latents: Tensor, timestep: Tensor, text: Tensor, text_mask: Tensor) -> Tensor:
+        """Latents [1, 4, T, H, W], timestep [1], text [1, L, D], mask [1, L] to velocities [2, 4, T, H, W]."""
+        # The null caption keeps the prompt's mask: it is as long as the prompt (as in training).
+        null = self.stdit.y_embedder.y_embedding[None, : text.shape[1]]
+        velocity: Tensor = self.stdit(
+            torch.cat((latents, latents)),
+            torch.cat((timestep, timestep)),
+            torch.cat((text, null))[:, None],
+            text_mask,
+            fps=float(self.video.fps),
+            height=self.video.height,
+            width=self.video.width,
+        )
+        return velocity[:, :LATENT_CHANNELS]
+
+
+class OpenSora(Family):
+    """Open-Sora 1.2: T5 encoder, STDiT3, spatial VAE behind a temporal VAE."""
+
+    name = "opensora-1.2"
+    micro_batches = (4, 2, 1)  # 4 is the published choice; frames are decoded on their own, so any gives the same video
+
+    def trace(self, spec_file: SpecFile, micro_batch_frames: int) -> Program:
+        """Trace the four stages at the spec's sizes."""
+        spec = spec_file.spec
+        vae_config = _vae_config(spec_file)
+        chunks = decode_chunks(spec.video.frames, vae_config.micro_frame_size)
+        latent = (
+            1,
+            LATENT_CHANNELS,
+            latent_frames(spec.video.frames, vae_config.micro_frame_size),
+            spec.video.height // PIXELS_PER_LATENT,
+            spec.video.width // PIXELS_PER_LATENT,
+        )
+        text_config = T5Config(**_config(spec_file, "text_encoder"))
+        text_stage = _text_stage(spec_file, text_config)
+        tokenizer_json, pad_id = _tokenizer(spec_file)
+        return Program(
+            spec=spec,
+            stages=(
+                text_stage,
+                _denoiser_stage(spec_file, latent, text_config.d_model),
+                *_vae_stages(spec_file, vae_config, chunks, latent, micro_batch_frames),
+            ),
+            sampler=Sampler(
+                solver="euler",
+                prediction="rectified_flow",
+                steps=spec.sampler.steps,
+                shift=timestep_shift(spec.video),
+                rounded=spec.sampler.rounded,
+                guidance=spec.sampler.guidance,
+                latent=latent,
+            ),
+            decode=Decode(
+                chunks=tuple(Chunk(variant=_chunk_name(n), latent_frames=t, frames=n) for t, n in chunks),
+                micro_batch_frames=micro_batch_frames,
+            ),
+            prompt=Prompt(
+                tokenizer=TOKENIZER,
+                max_tokens=spec.text_encoder.max_tokens,
+                pad_id=pad_id,
+                aesthetic=spec.prompt.aesthetic,
+                cleaning="open-sora",
+            ),
+            tokenizer_json=tokenizer_json,
+        )
+
+
+def timestep_shift(video: VideoSpec) -> float:
+    """r of the timestep transform t' = r t / (1 + (r - 1) t): larger videos spend more steps at high noise."""
+    latent_length = 1 if video.frames == 1 else video.frames // 17 * 5
+    return math.sqrt(video.height * video.width / BASE_PIXELS) * math.sqrt(latent_length)
+
+
+def _f32(name: str, *shape: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="f32", shape=shape)
+
+
+def _text_stage(spec_file: SpecFile, config: T5Config) -> Stage:
+    tokens = spec_file.spec.text_encoder.max_tokens
+    inputs = (TensorSpec(name="input_ids", dtype="i64", shape=(1, tokens)), _f32("text_mask", 1, tokens))
+    config._attn_implementation = "eager"
+    graph = _trace(spec_file, "text_encoder", "t5.", partial(TextEncoder, config), inputs, "text")
+    return Stage("text_encoder", "once", {"plain": graph})
+
+
+def _denoiser_stage(spec_file: SpecFile, latent: tuple[int, ...], text_channels: int) -> Stage:
+    spec = spec_file.spec
+    config = STDiT3Config.from_dict(_config(spec_file, "denoiser"))
+    tokens = spec.text_encoder.max_tokens
+    if config.caption_channels != text_channels:
+        raise spec_file.error(
+            "denoiser.weights",
+            f"expects text of {config.caption_channels} channels, the text encoder gives {text_channels}; "
+            "take both from one release",
+        )
+    if tokens > config.model_max_length:
+        raise spec_file.error(
+            "text_encoder.max_tokens", f"{tokens} is more than the denoiser's {config.model_max_length}; lower it"
+        )
+    inputs = (
+        _f32("latents", *latent),
+        _f32("timestep", 1),
+        _f32("text", 1, tokens, text_channels),
+        _f32("text_mask", 1, tokens),
+    )
+    graph = _trace(spec_file, "denoiser", "stdit.", partial(Denoiser, config, spec.video), inputs, "velocity")
+    return Stage("denoiser", "per_step", {"plain": graph})
+
+
+def _vae_stages(
+    spec_file: SpecFile,
+    config: OpenSoraVAEConfig,
+    chunks: tuple[tuple[int, int], ...],
+    latent: tuple[int, ...],
+    micro_batch_frames: int,
+) -> tuple[Stage, Stage]:
+    height, width = latent[-2:]
+    temporal = {
+        _chunk_name(frames): _trace(
+            spec_file,
+            "vae",
+            "",
+            partial(TemporalDecode, config, frames),
+            (_f32("latents", 1, LATENT_CHANNELS, latents, height, width),),
+            "frames",
+        )
+        for latents, frames in dict.fromkeys(chunks)
+    }
+    inputs = (_f32("frames", micro_batch_frames, LATENT_CHANNELS, height, width),)
+    spatial = _trace(spec_file, "vae", "", partial(SpatialDecode, config), inputs, "pixels")
+    return Stage("vae_temporal", "per_chunk", temporal), Stage("vae_spatial", "per_chunk", {"plain": spatial})
+
+
+def _chunk_name(frames: int) -> str:
+    return f"frames{frames}"
+
+
+def _trace(
+    spec_file: SpecFile,
+    section: str,
+    prefix: str,
+    build: Callable[[], nn.Module],
+    inputs: tuple[TensorSpec, ...],
+    output: str,
+) -> Graph:
+    with torch.device("meta"):
+        wanted = {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
+    source = _source(spec_file, section, {key.removeprefix(prefix): shape for key, shape in wanted.items()})
+    return trace(build, inputs, (output,), _bind(spec_file, section, prefix, wanted, source.refs()))
+
+
+# Published names that differ from the module's: tied copies that are not stored, and a table that can be recomputed.
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
+
+
+def _bind(
+    spec_file: SpecFile,
+    section: str,
+    prefix: str,
+    wanted: Mapping[str, tuple[int, ...]],
+    refs: Mapping[str, WeightRef],
+) -> dict[str, WeightRef]:
+    """Each wanted state_dict key with its reference; a missing or misshapen tensor is an error."""
+    bound = {}
+    for name, shape in wanted.items():
+        key = name.removeprefix(prefix)
+        key = key if key in refs else _TIED.get(key, key)
+        if key not in refs:
+            raise spec_file.error(f"{section}.weights", f"tensor {key} is missing from the checkpoint; fetch it again")
+        if refs[key].shape != shape:
+            raise spec_file.error(
+                f"{section}.weights",
+                f"tensor {key} has shape {list(refs[key].shape)}, the config asks for {list(shape)}",
+            )
+        bound[name] = refs[key]
+    return bound
+
+
+def _source(spec_file: SpecFile, section: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
+    model: ModelSpec = getattr(spec_file.spec, section)
+    if model.weights.startswith("random:"):
+        seed = model.weights.removeprefix("random:")
+        if not seed.isdigit():
+            raise spec_file.error(f"{section}.weights", f"{model.weights!r}: write random:SEED with a whole number")
+        return RandomSource(int(seed), shapes)
+    return open_checkpoint(_folder(spec_file, section))
+
+
+def _folder(spec_file: SpecFile, section: str) -> Path:
+    """The checkpoint's folder: relative to the YAML, or fetched from the hub."""
+    weights: str = getattr(spec_file.spec, section).weights
+    folder = spec_file.path.parent / weights
+    if folder.is_dir():
+        return folder
+    wanted = "config.json and *.safetensors, or pytorch_model.bin.index.json with its shards"
+    if weights.count("/") != 1 or weights.startswith((".", "/")):
+        raise spec_file.error(f"{section}.weights", f"no folder {folder}; give one that holds {wanted}")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
+    except Exception as error:  # noqa: BLE001  # the hub client raises its transport's errors too
+        raise spec_file.error(
+            f"{section}.weights",
+            f"no folder {folder}, and the hub did not give {weights!r} ({type(error).__name__}); fetch its {wanted} "
+            "on a machine that can, and write that folder's path here",
+        ) from None
+
+
+def _config(spec_file: SpecFile, section: str) -> dict[str, Any]:
+    model: ModelSpec = getattr(spec_file.spec, section)
+    if model.config is not None:
+        return model.config
+    if model.weights.startswith("random:"):
+        raise spec_file.error(
+            f"{section}.config", "random weights need the model's sizes; write them as an inline config"
+        )
+    path = _folder(spec_file, section) / "config.json"
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise spec_file.error(f"{section}.weights", f"{path} cannot be read ({error}); fetch it again") from None
+    return config
+
+
+def _vae_config(spec_file: SpecFile) -> OpenSoraVAEConfig:
+    config = _config(spec_file, "vae")
+    if spec_file.spec.vae.config is not None:
+        return OpenSoraVAEConfig.from_dict(config, config.get("spatial"))
+    return OpenSoraVAEConfig.from_folder(_folder(spec_file, "vae"))
+
+
+def _tokenizer(spec_file: SpecFile) -> tuple[bytes, int]:
+    """The tokenizer as a `tokenizers` JSON file, and its padding id."""
+    folder = _folder(spec_file, "text_encoder")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        return tokenizer.backend_tokenizer.to_str(pretty=False).encode(), int(tokenizer.pad_token_id)
+    except (OSError, ValueError, AttributeError) as error:
+        reason = str(error).splitlines()[0]
+        raise spec_file.error("text_encoder.weights", f"{folder} holds no T5 tokenizer ({reason})") from None
