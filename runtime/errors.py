@@ -9,3 +9,11 @@ class RunError(Exception):
 
 class BundleError(RunError):
     """A file of the bundle is missing, damaged, foreign or not where it should be."""
+
+
+class PartitionError(RunError):
+    """A partition cannot be loaded or run; the message names it."""
+
+
+class InputError(RunError):
+    """A tensor given to a stage has the wrong name, type or shape."""

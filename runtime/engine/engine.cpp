@@ -51,6 +51,8 @@ void Engine::Run(const std::vector<InstructionRecord>& schedule, const std::map<
           sources.push_back(input->second.data);
         } else if (made != tensors.end()) {
           sources.push_back(made->second.get());
+        } else if (outputs.count(tensor.name) > 0) {
+          sources.push_back(outputs.at(tensor.name).data);
         } else {
           throw ScheduleError(record.name + ": tensor " + tensor.name + " does not exist when it is read");
         }

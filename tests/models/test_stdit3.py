@@ -170,7 +170,7 @@ def test_config_ignores_training_keys_and_refuses_other_architectures(tiny_check
         {"patch_size": [2, 2, 2]},
         {"hidden_size": 100, "num_heads": 4, "qk_norm": False},
     ):
-        with pytest.raises(ValueError, match="architecture|patch_size|hidden_size"):
+        with pytest.raises(ValueError, match=r"architecture|patch_size|hidden_size"):
             stdit3.STDiT3Config.from_dict(unsupported)
 
 

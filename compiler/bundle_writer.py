@@ -1,0 +1,91 @@
+"""Writing a bundle: into a temporary sibling that is renamed, so that it exists whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from movdc.compiler.errors import MovdcError
+from movdc.compiler.target import Artifact
+from movdc.runtime.bundle import MANIFEST, SEAL, File, Manifest, WeightsFile, seal_of
+
+
+class BundleWriter:
+    """Collects content-addressed files below a folder that is not yet the bundle."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.files: dict[str, File] = {}
+        self.weights: dict[str, WeightsFile] = {}
+
+    def add_artifact(self, artifact: Artifact) -> tuple[str, str | None]:
+        """Move a lowered partition's files in; returns the paths of program and weights."""
+        program = self._add(artifact.program, "programs", ".pte")
+        if artifact.weights is None:
+            return program, None
+        weights = self._add(artifact.weights, "weights", ".ptd")
+        self.weights[weights] = WeightsFile(path=weights, constants=artifact.constants)
+        return program, weights
+
+    def add_bytes(self, path: str, data: bytes) -> None:
+        """Write a file under a given name."""
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_bytes(data)
+        self.files[path] = File(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+    def finish(self, manifest: Manifest) -> None:
+        """Write the manifest and its seal."""
+        text = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode()
+        (self.root / MANIFEST).write_bytes(text)
+        (self.root / SEAL).write_text(seal_of(text))
+
+    def _add(self, source: Path, folder: str, suffix: str) -> str:
+        with source.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        path = f"{folder}/{digest[:16]}{suffix}"
+        (self.root / folder).mkdir(exist_ok=True)
+        self.files[path] = File(path=path, size_bytes=source.stat().st_size, sha256=digest)
+        os.replace(source, self.root / path)
+        return path
+
+
+@contextmanager
+def new_bundle(out: Path) -> Iterator[BundleWriter]:
+    """A writer whose files become `out` when the block ends well, and vanish when it does not."""
+    if out.exists() and not (out / MANIFEST).is_file():
+        raise MovdcError(f"{out}: exists and is no bundle; choose another -o, or remove it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for left in out.parent.glob(f".{out.name}.partial-*"):  # of a compile that was killed
+        shutil.rmtree(left)
+    root = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        yield BundleWriter(root)
+        root.chmod(0o755)
+        for path in root.rglob("*"):
+            with path.open("rb") if path.is_file() else _directory(path) as file:
+                os.fsync(file if isinstance(file, int) else file.fileno())
+        if out.exists():
+            old = root.with_name(root.name + ".old")
+            os.rename(out, old)
+            os.rename(root, out)
+            shutil.rmtree(old)
+        else:
+            os.rename(root, out)
+    except BaseException:
+        shutil.rmtree(root, ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _directory(path: Path) -> Iterator[int]:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""Compiling: trace, passes, lowering, bundle."""
+
+from __future__ import annotations
+
+import platform
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+
+from movdc.compiler.bundle_writer import BundleWriter, new_bundle
+from movdc.compiler.errors import MovdcError
+from movdc.compiler.family import Family
+from movdc.compiler.pass_base import Pass, run_passes
+from movdc.compiler.pieces import Piece, split
+from movdc.compiler.printer import print_program
+from movdc.compiler.program import Graph, Program
+from movdc.compiler.schedule import check, sequential
+from movdc.compiler.spec import SpecFile
+from movdc.compiler.target import Target
+from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Stage, Variant, Video
+
+Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
+
+
+def compile_bundle(
+    spec_file: SpecFile,
+    out: Path,
+    family: Family,
+    target: Target,
+    passes: Sequence[Pass],
+    budget_bytes: int,
+    dump: Path | None,
+    progress: Progress,
+) -> Manifest:
+    """Compile a spec into the bundle `out` and return its manifest."""
+    with new_bundle(out) as writer:
+        program = _optimise(spec_file, family, passes, dump, progress)
+        _refuse(program, target)
+        stages, partitions = _lower(program, target, writer, budget_bytes, progress)
+        writer.add_bytes(program.prompt.tokenizer, program.tokenizer_json)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            family=family.name,
+            target=target.name,
+            device=program.spec.device,
+            budget_bytes=budget_bytes,
+            peak_bytes=max(variant.peak_bytes for stage in stages for variant in stage.variants.values()),
+            video=Video.model_validate(program.spec.video.model_dump()),
+            prompt=program.prompt,
+            sampler=program.sampler,
+            decode=program.decode,
+            stages=stages,
+            partitions=partitions,
+            weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
+            files=tuple(writer.files[path] for path in sorted(writer.files)),
+            spec=program.spec.model_dump(mode="json"),
+            pipeline=",".join(map(str, passes)),
+            versions={"movdc": version("movdc"), "torch": version("torch"), "executorch": version("executorch")}
+            | {"python": platform.python_version()},
+        )
+        writer.finish(manifest)
+    return manifest
+
+
+def _optimise(
+    spec_file: SpecFile, family: Family, passes: Sequence[Pass], dump: Path | None, progress: Progress
+) -> Program:
+    """Trace and run the passes, with the largest micro-batch of the decoder that fits the budget."""
+    failure: MovdcError | None = None
+    for micro_batch_frames in family.micro_batches:
+        progress("trace", 0, 1)
+        program = family.trace(spec_file, micro_batch_frames)
+        progress("trace", 1, 1)
+        if dump is not None:
+            _dump(dump, 0, "trace", program)
+        done: list[Pass] = []
+
+        def after(one: Pass, result: object, done: list[Pass] = done) -> None:
+            done.append(one)
+            if dump is not None:
+                _dump(dump, len(done), one.name, result.program)  # type: ignore[attr-defined]  # a PassResult
+            progress("passes", len(done), len(passes))
+
+        try:
+            return run_passes(program, passes, after)
+        except MovdcError as error:
+            failure = error
+            if "vae_spatial" not in str(error):
+                break
+    assert failure is not None
+    raise failure
+
+
+def _dump(folder: Path, index: int, name: str, program: Program) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{index}-{name}.txt").write_text(print_program(program))
+
+
+def _refuse(program: Program, target: Target) -> None:
+    for stage, _, graph in program.graphs():
+        for node in graph.compute_nodes:
+            if reason := target.refuse(node):
+                raise MovdcError(f"{stage}: {target.name} cannot run %{node.name} ({node.target}): {reason}")
+
+
+def _lower(
+    program: Program, target: Target, writer: BundleWriter, budget_bytes: int, progress: Progress
+) -> tuple[tuple[Stage, ...], tuple[Partition, ...]]:
+    pieces = {(stage, variant): split(graph) for stage, variant, graph in program.graphs()}
+    total = sum(len(some) for some in pieces.values())
+    partitions: list[Partition] = []
+    stages = []
+    for stage in program.stages:
+        variants = {}
+        for name, graph in stage.variants.items():
+            made = []
+            for index, piece in enumerate(pieces[stage.name, name]):
+                progress("lower", len(partitions), total)
+                made.append(_lower_piece(f"{stage.name}.{name}.{index}", piece, target, writer))
+                partitions.append(made[-1])
+            variants[name] = _variant(graph, made, budget_bytes)
+        stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
+    progress("lower", total, total)
+    return tuple(stages), tuple(partitions)
+
+
+def _lower_piece(name: str, piece: Piece, target: Target, writer: BundleWriter) -> Partition:
+    with tempfile.TemporaryDirectory(dir=writer.root) as folder:
+        program, weights = writer.add_artifact(target.emit(piece.module(), Path(folder)))
+    return Partition(
+        name=name,
+        program=program,
+        weights=weights,
+        inputs=tuple(piece.tensor(node) for node in piece.inputs),
+        outputs=tuple(piece.tensor(node) for node in piece.outputs),
+        weight_bytes=piece.weight_bytes,
+        held_bytes=piece.weight_bytes,
+        load_bytes=int(target.load_copies * piece.weight_bytes),
+        working_bytes=piece.working_bytes,
+        flops=piece.flops,
+    )
+
+
+def _variant(graph: Graph, partitions: Sequence[Partition], budget_bytes: int) -> Variant:
+    schedule = sequential(partitions)
+    by_name = {partition.name: partition for partition in partitions}
+    peak_bytes = check(schedule, by_name, graph.inputs, graph.outputs, budget_bytes)
+    return Variant(inputs=graph.inputs, outputs=graph.outputs, schedule=schedule, peak_bytes=peak_bytes)

@@ -1,0 +1,60 @@
+"""The canonical printer: any Program as stable text, for dumps, golden tests and honest `modified`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from movdc.compiler.program import DTYPES, Graph, Program
+from movdc.compiler.units import format_bytes
+
+
+def print_program(program: Program) -> str:
+    """Every stage and variant, then the sampler and the decode plan."""
+    parts = [
+        f"stage {stage} ({variant}) {{\n{print_graph(graph)}}}\n" for stage, variant, graph in program.graphs()
+    ]
+    parts += [f"sampler {program.sampler!r}\n", f"decode {program.decode!r}\n", f"prompt {program.prompt!r}\n"]
+    return "\n".join(parts)
+
+
+def print_graph(graph: Graph) -> str:
+    """One line a node: `%name: f32[2,160,128] = op(args)  # 160.0 KiB`, and a line where a partition ends."""
+    lines = []
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            source = f"weight({graph.weights[node.name]})" if node.name in graph.weights else "input"
+            lines.append(f"  %{node.name}: {_type(node.meta['val'])} = {source}")
+        elif node.op == "output":
+            lines.append(f"  return {_argument(node.args[0])}")
+        else:
+            arguments = [_argument(argument) for argument in node.args]
+            arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
+            value = node.meta["val"]
+            size = f"  # {format_bytes(value.nbytes)}" if isinstance(value, torch.Tensor) else ""
+            lines.append(f"  %{node.name}: {_type(value)} = {_operator(node)}({', '.join(arguments)}){size}")
+        if node.name in graph.cuts:
+            lines.append("  ---- cut ----")
+    return "\n".join(lines) + "\n"
+
+
+def _type(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{DTYPES.get(value.dtype, str(value.dtype))}[{','.join(str(int(size)) for size in value.shape)}]"
+    return f"({', '.join(_type(item) for item in value)})"
+
+
+def _operator(node: fx.Node) -> str:
+    if isinstance(node.target, torch._ops.OpOverload):
+        return f"{node.target.namespace}.{node.target._opname}"
+    return getattr(node.target, "__name__", str(node.target))
+
+
+def _argument(value: Any) -> str:
+    if isinstance(value, fx.Node):
+        return f"%{value.name}"
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_argument(item) for item in value)}]"
+    return repr(value)

@@ -1,0 +1,111 @@
+"""Generating: a prompt through the four stages of a bundle to frames."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from movdc.runtime.bundle import Bundle
+from movdc.runtime.errors import RunError
+from movdc.runtime.prompt import prepare, tokenize
+from movdc.runtime.sampler import initial_noise, sample
+from movdc.runtime.video import Frames, to_frames
+
+Array = np.ndarray[Any, Any]
+Progress = Callable[[str, int, int], None]  # stage, done so far, in all
+
+
+class StageRunner(Protocol):
+    """What a generator needs of an executor."""
+
+    def run(self, stage: str, variant: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one stage."""
+
+    def read_file(self, path: str) -> bytes:
+        """The checked bytes of a file of the bundle."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """What one prompt became."""
+
+    latents: Array  # [1, C, T, H, W] fp32
+    frames: Frames  # [N, H, W, 3] uint8
+    seconds: dict[str, float]  # wall time by stage
+    dropped_tokens: int  # of a prompt that was too long
+
+
+class Generator:
+    """Makes videos with one bundle."""
+
+    def __init__(self, bundle: Bundle, executor: StageRunner) -> None:
+        self._manifest = bundle.manifest
+        self._executor = executor
+
+    def generate(
+        self,
+        text: str,
+        *,
+        seed: int = 0,
+        noise: Array | None = None,
+        steps: int | None = None,
+        on_progress: Progress = lambda stage, done, total: None,
+    ) -> Result:
+        """Make one video; raises RunError for a prompt or noise that cannot be used."""
+        manifest, run = self._manifest, self._executor.run
+        sampler = manifest.sampler.model_copy(update={"steps": steps or manifest.sampler.steps})
+        noise = initial_noise(seed, sampler.latent) if noise is None else _checked_noise(noise, sampler.latent)
+        tokenizer_json = self._executor.read_file(manifest.prompt.tokenizer)
+        tokens = tokenize(prepare(text, manifest.prompt), manifest.prompt, tokenizer_json)
+        seconds: dict[str, float] = {}
+        text_mask = tokens.mask.astype(np.float32)
+
+        on_progress("text_encoder", 0, 1)
+        start = time.perf_counter()
+        states = run("text_encoder", "plain", {"input_ids": tokens.ids, "text_mask": text_mask})["text"]
+        on_progress("text_encoder", 1, 1)
+        seconds["text_encoder"] = time.perf_counter() - start
+
+        def denoise(z: Array, timestep: Array) -> Array:
+            inputs = {"latents": z, "timestep": timestep, "text": states, "text_mask": text_mask}
+            return run("denoiser", "plain", inputs)["velocity"]
+
+        start = time.perf_counter()
+        latents = sample(denoise, noise, sampler, lambda done, total: on_progress("denoiser", done, total))
+        seconds["denoiser"] = time.perf_counter() - start
+
+        start = time.perf_counter()
+        pixels = self._decode(latents, on_progress)
+        seconds["vae"] = time.perf_counter() - start
+        return Result(latents, to_frames(pixels), seconds, tokens.dropped)
+
+    def _decode(self, latents: Array, on_progress: Progress) -> Array:
+        """Pixels [N, 3, H, W] fp32: chunks in time, then micro-batches of frames."""
+        decode = self._manifest.decode
+        chunks = []
+        begin = 0
+        for index, chunk in enumerate(decode.chunks):
+            part = np.ascontiguousarray(latents[:, :, begin : begin + chunk.latent_frames])
+            chunks.append(self._executor.run("vae_temporal", chunk.variant, {"latents": part})["frames"])
+            begin += chunk.latent_frames
+            on_progress("vae_temporal", index + 1, len(decode.chunks))
+        frames = np.concatenate(chunks, axis=2)[0].transpose(1, 0, 2, 3)  # [N, C, h, w]
+        batch = decode.micro_batch_frames
+        # Frames decode on their own, so a short last batch is filled up with anything and cut again.
+        padded = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % batch, axis=0)])
+        pixels = []
+        for first in range(0, len(padded), batch):
+            part = np.ascontiguousarray(padded[first : first + batch])
+            pixels.append(self._executor.run("vae_spatial", "plain", {"frames": part})["pixels"])
+            on_progress("vae_spatial", min(first + batch, len(frames)), len(frames))
+        return np.concatenate(pixels)[: len(frames)]
+
+
+def _checked_noise(noise: Array, shape: tuple[int, ...]) -> Array:
+    if noise.shape != shape or noise.dtype != np.float32:
+        raise RunError(f"the noise is {noise.dtype} {list(noise.shape)}; this bundle needs float32 {list(shape)}")
+    return noise
