@@ -43,13 +43,13 @@ def flops(node: fx.Node) -> int:
     """2 x multiply-adds of a matrix product, attention or convolution; 0 for everything else."""
     if node.target is aten.linear.default:
         weight = node.args[1].meta["val"]
-        return 2 * math.prod(node.meta["val"].shape[:-1]) * math.prod(weight.shape)
+        return int(2 * math.prod(node.meta["val"].shape[:-1]) * math.prod(weight.shape))
     if node.target in (aten.conv2d.default, aten.conv3d.default):
         weight, out = node.args[1].meta["val"], node.meta["val"]
-        return 2 * math.prod(weight.shape[1:]) * math.prod(out.shape)
+        return int(2 * math.prod(weight.shape[1:]) * math.prod(out.shape))
     if node.target in (aten.matmul.default, aten.bmm.default):
-        return 2 * math.prod(node.meta["val"].shape) * int(node.args[0].meta["val"].shape[-1])
+        return int(2 * math.prod(node.meta["val"].shape) * int(node.args[0].meta["val"].shape[-1]))
     if node.target is aten.scaled_dot_product_attention.default:
         query, key = (argument.meta["val"] for argument in node.args[:2])
-        return 4 * math.prod(query.shape) * int(key.shape[-2])
+        return int(4 * math.prod(query.shape) * int(key.shape[-2]))
     return 0

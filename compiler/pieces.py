@@ -46,7 +46,7 @@ class Piece:
 
     def tensor(self, node: fx.Node) -> TensorSpec:
         """The name, dtype and shape under which the engine knows a value."""
-        results = list(self.graph.output_node.args[0])  # type: ignore[arg-type]  # fx types args loosely
+        results = list(self.graph.output_node.args[0])
         name = self.graph.outputs[results.index(node)].name if node in results else node.name
         return spec_of(name, value_of(node))
 
@@ -90,4 +90,3 @@ def split(graph: Graph) -> list[Piece]:
             )
         )
     return pieces
-

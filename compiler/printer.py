@@ -13,9 +13,7 @@ from movdc.compiler.units import format_bytes
 
 def print_program(program: Program) -> str:
     """Every stage and variant, then the sampler and the decode plan."""
-    parts = [
-        f"stage {stage} ({variant}) {{\n{print_graph(graph)}}}\n" for stage, variant, graph in program.graphs()
-    ]
+    parts = [f"stage {stage} ({variant}) {{\n{print_graph(graph)}}}\n" for stage, variant, graph in program.graphs()]
     parts += [f"sampler {program.sampler!r}\n", f"decode {program.decode!r}\n", f"prompt {program.prompt!r}\n"]
     return "\n".join(parts)
 

@@ -44,7 +44,8 @@ class Graph:
     def copy(self) -> fx.Graph:
         """A copy of the nodes, metadata included, for a pass to rewrite."""
         copied = fx.Graph()
-        result = copied.graph_copy(self.graph, val_map := {})
+        val_map: dict[fx.Node, fx.Node] = {}
+        result = copied.graph_copy(self.graph, val_map)
         copied.output(result)
         next(iter(reversed(copied.nodes))).meta = dict(self.output_node.meta)
         assert len(val_map) == len(self.graph.nodes) - 1

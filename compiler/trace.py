@@ -19,6 +19,7 @@ aten = torch.ops.aten
 # Nodes that say something about the trace and compute nothing at inference.
 _NO_OPS = {aten._assert_tensor_metadata.default}
 _IDENTITY = {aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default}
+_VIEWS = {aten.view.default, aten._unsafe_view.default}
 _CONVERSIONS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 
 
@@ -76,6 +77,9 @@ def _drop_no_ops(graph: fx.Graph) -> None:
         elif node.target in _IDENTITY or (node.target in _CONVERSIONS and _keeps_dtype(node)):
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target in _VIEWS:
+            # Strides are nobody's business here: a value is contiguous whenever it crosses a cut.
+            node.target = aten.reshape.default
 
 
 def _keeps_dtype(node: fx.Node) -> bool:

@@ -94,7 +94,8 @@ class SafetensorsSource:
 
     def read(self, key: str) -> Tensor:
         with safe_open(self._files[key], framework="pt") as tensors:
-            return tensors.get_tensor(key)
+            tensor: Tensor = tensors.get_tensor(key)
+            return tensor
 
 
 class PickleSource:

@@ -98,8 +98,10 @@ def _conv2d(graph: fx.Graph, node: fx.Node, taps: int) -> fx.Node:
     _, out_channels, out_frames, out_height, out_width = (int(size) for size in value_of(node).shape)
     frames_first = call(aten.permute.default, x, [0, 2, 1, 3, 4])  # [B, T, C, H, W]
     span = (out_frames - 1) * stride[0] + 1
-    windows = [call(aten.slice.Tensor, frames_first, 1, tap, tap + span, stride[0]) for tap in range(taps)]
-    stacked = call(aten.cat.default, windows, 2) if taps > 1 else windows[0]
+    stacked = frames_first
+    if taps > 1 or stride[0] > 1:  # a slice of everything would be a node that passes its input through
+        windows = [call(aten.slice.Tensor, frames_first, 1, tap, tap + span, stride[0]) for tap in range(taps)]
+        stacked = call(aten.cat.default, windows, 2)
     images = call(aten.reshape.default, stacked, [batch * out_frames, -1, height, width])
     result = call(aten.conv2d.default, images, weight, bias, list(stride[1:]), list(padding[1:]))
     unfolded = call(aten.reshape.default, result, [batch, out_frames, out_channels, out_height, out_width])

@@ -84,7 +84,7 @@ _NEVER = np.int64(2**60)
 
 
 def _needs(graph: Graph, load_copies: float) -> Array:
-    """need[i, j]: bytes while the partition of nodes i .. j-1 is loaded and run, with everything else that lives then."""
+    """need[i, j]: bytes held while the partition of nodes i .. j-1 is loaded and run."""
     nodes = graph.compute_nodes
     count = len(nodes)
     spans = _lifetimes(graph)
@@ -148,7 +148,7 @@ def _infeasible(stage: str, graph: Graph, need: Array, budget_bytes: int) -> Mov
     alone = np.array([need[i, i + 1] if need[i, i + 1] < _NEVER else 0 for i in range(count)])
     node = graph.compute_nodes[int(alone.argmax())]
     return MovdcError(
-        f"{stage}: does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the smallest "
-        f"memory budget is {smallest} bytes ({format_bytes(smallest)}), set by %{node.name} ({node.target}); "
+        f"{stage}: does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the "
+        f"smallest memory budget is {smallest} bytes ({format_bytes(smallest)}), set by %{node.name} ({node.target}); "
         "raise memory_budget, or make the video smaller"
     )

@@ -1,0 +1,215 @@
+"""The command line: movdc compile, run, inspect, passes, targets, devices."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+import tomllib
+import warnings
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from movdc.compiler.errors import MovdcError
+from movdc.compiler.units import format_bytes, parse_bytes
+from movdc.runtime.bundle import Bundle
+from movdc.runtime.errors import RunError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+console = Console()
+OutFolder = Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")]
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console)
+
+
+class _Bars:
+    """One bar for each kind of work, made when the work starts."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._tasks: dict[str, Any] = {}
+
+    def __call__(self, name: str, done: int, total: int) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._progress.add_task(name, total=total)
+        self._progress.update(self._tasks[name], completed=done, total=total)
+
+
+@app.command("compile")
+def compile_(
+    spec: Annotated[Path, typer.Argument(help="A pipeline YAML, such as examples/tiny.yaml.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The bundle to make.")],
+    memory_budget: Annotated[str | None, typer.Option(help="Memory for a run, such as 3.3GB.")] = None,
+    target: Annotated[str | None, typer.Option(help="See `movdc targets`.")] = None,
+    device: Annotated[str | None, typer.Option(help="See `movdc devices`.")] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the program after each pass here.")] = None,
+) -> None:
+    """Compile a pipeline into a bundle."""
+    start = time.perf_counter()
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    from movdc.compiler.compile import compile_bundle
+    from movdc.compiler.spec import load_spec
+
+    spec_file = load_spec(spec)
+    overrides = {"target": target, "device": device, "memory_budget": _bytes("--memory-budget", memory_budget)}
+    spec_file.spec = spec_file.spec.model_copy(update={key: value for key, value in overrides.items() if value})
+    chosen = _one_of(spec_file, "target", _targets())()
+    family = _one_of(spec_file, "family", _families())()
+    profile = _one_of(spec_file, "device", _devices())
+    budget_bytes = spec_file.spec.memory_budget or parse_bytes(profile["usable_memory"])
+    from movdc.passes.pipeline import default_pipeline
+
+    if spec_file.spec.passes:
+        raise spec_file.error("passes", "no pass takes options yet; remove the entries")
+    passes = default_pipeline(budget_bytes, chosen.load_copies)
+    with _progress() as progress:
+        manifest = compile_bundle(spec_file, out, family, chosen, passes, budget_bytes, dump, _Bars(progress))
+    console.print(
+        f"{out}: {len(manifest.partitions)} partitions, {format_bytes(sum(f.size_bytes for f in manifest.files))}, "
+        f"peak {format_bytes(manifest.peak_bytes)} of {format_bytes(budget_bytes)}, "
+        f"compiled in {time.perf_counter() - start:.0f} s"
+    )
+
+
+@app.command()
+def run(
+    bundle: OutFolder,
+    prompt: Annotated[str, typer.Option(help="What the video shows.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="The mp4; a contact sheet is written beside it.")],
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives another video.")] = 0,
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    noise: Annotated[Path | None, typer.Option(help="Start from this .npy instead of the seed.")] = None,
+    save_latents: Annotated[Path | None, typer.Option(help="Write the final latents here (.npy).")] = None,
+) -> None:
+    """Make a video with a bundle."""
+    start = time.perf_counter()
+    from movdc.runtime.executor import Executor
+    from movdc.runtime.generate import Generator
+    from movdc.runtime.video import write_contact_sheet, write_mp4
+
+    read = Bundle.read(bundle)
+    fps = read.manifest.video.fps
+    given = None if noise is None else _load_noise(noise)
+    with _progress() as progress:
+        executor = Executor(read)
+        result = Generator(read, executor).generate(
+            prompt, seed=seed, noise=given, steps=steps, on_progress=_Bars(progress)
+        )
+    if result.dropped_tokens:
+        limit = read.manifest.prompt.max_tokens
+        console.print(f"the prompt is {result.dropped_tokens} tokens over {limit}: its end is left out", style="yellow")
+    if save_latents is not None:
+        np.save(save_latents, result.latents)
+    write_mp4(out, result.frames, fps)
+    write_contact_sheet(out.with_suffix(".png"), result.frames, fps, prompt)
+    parts = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
+    console.print(f"{out} and {out.with_suffix('.png')}: {parts}; {time.perf_counter() - start:.1f} s in all")
+
+
+@app.command()
+def inspect(bundle: OutFolder) -> None:
+    """Show the partitions, the schedule and the predicted peak of a bundle."""
+    manifest = Bundle.read(bundle).manifest
+    table = Table(title=f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}")
+    for column in ("partition", "weights", "working", "inputs", "outputs", "MFLOP", "program", "weights file"):
+        table.add_column(column, justify="left" if column in ("partition", "program", "weights file") else "right")
+    for one in manifest.partitions:
+        sizes = (
+            one.weight_bytes,
+            one.working_bytes,
+            *(sum(t.size_bytes for t in s) for s in (one.inputs, one.outputs)),
+        )
+        table.add_row(one.name, *map(format_bytes, sizes), f"{one.flops / 1e6:.1f}", one.program, one.weights or "-")
+    console.print(table)
+    for stage in manifest.stages:
+        for name, variant in stage.variants.items():
+            console.print(
+                f"{stage.name} ({name}), {stage.cadence}: {len(variant.schedule)} instructions, "
+                f"peak {format_bytes(variant.peak_bytes)}"
+            )
+    console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")
+
+
+@app.command()
+def passes() -> None:
+    """List the passes."""
+    from movdc.passes.pipeline import PASSES
+
+    for name, one in PASSES.items():
+        console.print(f"{name}: {(one.__doc__ or '').splitlines()[0]}")
+
+
+@app.command()
+def targets() -> None:
+    """List the targets."""
+    for name, one in _targets().items():
+        console.print(f"{name}: {(one.__doc__ or '').splitlines()[0]}")
+
+
+@app.command()
+def devices() -> None:
+    """List the device profiles."""
+    for name, profile in _devices().items():
+        console.print(f"{name}: usable memory {profile['usable_memory']} ({profile['source']})")
+
+
+def _targets() -> dict[str, Any]:
+    from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
+
+    return {ExecutorchXnnpack.name: ExecutorchXnnpack}
+
+
+def _families() -> dict[str, Any]:
+    from movdc.models.opensora import OpenSora
+
+    return {OpenSora.name: OpenSora}
+
+
+def _devices() -> dict[str, Any]:
+    return tomllib.loads((files("movdc.targets") / "devices.toml").read_text())
+
+
+def _one_of(spec_file: Any, key: str, choices: dict[str, Any]) -> Any:
+    name = getattr(spec_file.spec, key)
+    if name not in choices:
+        raise spec_file.error(key, f"unknown {key} {name!r}; there are {', '.join(choices)}")
+    return choices[name]
+
+
+def _bytes(option: str, text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise MovdcError(f"{option}: {error}") from None
+
+
+def _load_noise(path: Path) -> np.ndarray[Any, Any]:
+    try:
+        return np.asarray(np.load(path, allow_pickle=False))
+    except (OSError, ValueError) as error:
+        raise RunError(f"{path}: is not a readable .npy file ({error})") from None
+
+
+def main() -> None:
+    """The console script: errors in the input are one sentence and exit code 2."""
+    try:
+        app()
+    except (MovdcError, RunError) as error:
+        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        console.print("stopped; nothing was written")
+        sys.exit(130)
