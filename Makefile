@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := compiler models passes runtime targets
 
-.PHONY: setup check test format
+.PHONY: setup demo check test format
 
 setup: .venv/ready
 
@@ -16,6 +16,12 @@ setup: .venv/ready
 	$(BIN)/pip install -q -c constraints.txt -r requirements.txt
 	$(BIN)/pip install -q --no-build-isolation --no-deps -e .
 	touch $@
+
+demo: setup
+	@start=$$(date +%s); \
+	$(BIN)/movdc compile examples/tiny.yaml -o out/tiny && \
+	$(BIN)/movdc run out/tiny --prompt "a red circle moving down on a black background" --seed 8 -o out/tiny.mp4 && \
+	echo "demo took $$(( $$(date +%s) - start )) s: look at out/tiny.png and out/tiny.mp4"
 
 check: setup
 	$(BIN)/ruff format --check .
