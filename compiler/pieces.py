@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from movdc.compiler.cost import flops, scratch_bytes, size_bytes
 from movdc.compiler.program import Graph, spec_of, value_of
+from movdc.compiler.trace import is_pick
 from movdc.runtime.bundle import TensorSpec
 
 
@@ -38,7 +39,7 @@ class Piece:
         live = [scratch_bytes(node) for node in self.nodes]
         for node, index in inner.items():
             if node not in self.outputs:
-                users = [user for direct in node.users for user in (direct, *direct.users)]
+                users = [user for direct in node.users for user in (direct, *(direct.users if is_pick(direct) else ()))]
                 last = max((inner[user] for user in users if user in inner), default=index)
                 for position in range(index, last + 1):
                     live[position] += size_bytes(node)

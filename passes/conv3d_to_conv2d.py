@@ -105,4 +105,6 @@ def _conv2d(graph: fx.Graph, node: fx.Node, taps: int) -> fx.Node:
     images = call(aten.reshape.default, stacked, [batch * out_frames, -1, height, width])
     result = call(aten.conv2d.default, images, weight, bias, list(stride[1:]), list(padding[1:]))
     unfolded = call(aten.reshape.default, result, [batch, out_frames, out_channels, out_height, out_width])
-    return call(aten.permute.default, unfolded, [0, 2, 1, 3, 4])
+    channels_first = call(aten.permute.default, unfolded, [0, 2, 1, 3, 4])
+    # Contiguous for all who read it: ExecuTorch would add a copy for some, and XNNPACK refuses to return both.
+    return call(aten.contiguous.default, channels_first)
