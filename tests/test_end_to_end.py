@@ -92,7 +92,7 @@ def test_every_damaged_file_is_refused_by_name(bundle: Path, tmp_path: Path, dam
             path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
         elif damage == "link":
             path.symlink_to(bundle / name)
-        with pytest.raises(Exception, match=name) as caught:  # noqa: PT012  # reading or opening may refuse
+        with pytest.raises(Exception, match=name) as caught:  # reading or opening may refuse
             Executor(Bundle.read(copy))
         assert type(caught.value).__name__ == "BundleError"
         shutil.rmtree(copy)
