@@ -6,9 +6,8 @@ import logging
 import os
 import sys
 import time
-import tomllib
 import warnings
-from importlib.resources import files
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +52,10 @@ def compile_(
     memory_budget: Annotated[str | None, typer.Option(help="Memory for a run, such as 3.3GB.")] = None,
     target: Annotated[str | None, typer.Option(help="See `movdc targets`.")] = None,
     device: Annotated[str | None, typer.Option(help="See `movdc devices`.")] = None,
-    dump: Annotated[Path | None, typer.Option(help="Write the program after each pass here.")] = None,
+    passes: Annotated[
+        str | None, typer.Option(help='The whole pipeline, as "canonicalize,merge-tokens{steps=15},...".')
+    ] = None,
+    dump: Annotated[Path | None, typer.Option(help="Write the program before and after each phase here.")] = None,
 ) -> None:
     """Compile a pipeline into a bundle."""
     start = time.perf_counter()
@@ -61,6 +63,7 @@ def compile_(
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
     from movdc.compiler.compile import compile_bundle
+    from movdc.compiler.device import Machine
     from movdc.compiler.spec import load_spec
 
     spec_file = load_spec(spec)
@@ -69,17 +72,15 @@ def compile_(
     chosen = _one_of(spec_file, "target", _targets())()
     family = _one_of(spec_file, "family", _families())()
     profile = _one_of(spec_file, "device", _devices())
-    budget_bytes = spec_file.spec.memory_budget or parse_bytes(profile["usable_memory"])
-    from movdc.passes.pipeline import default_pipeline
+    machine = Machine.of(profile, spec_file.spec.memory_budget, chosen.load_copies)
+    from movdc.passes.pipeline import default_pipeline, in_phases, parse_pipeline
 
-    if spec_file.spec.passes:
-        raise spec_file.error("passes", "no pass takes options yet; remove the entries")
-    passes = default_pipeline(budget_bytes, chosen.load_copies)
+    phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes))
     with _progress() as progress:
-        manifest = compile_bundle(spec_file, out, family, chosen, passes, budget_bytes, dump, _Bars(progress))
+        manifest = compile_bundle(spec_file, out, family, chosen, machine, phases, dump, _Bars(progress))
     console.print(
         f"{out}: {len(manifest.partitions)} partitions, {format_bytes(sum(f.size_bytes for f in manifest.files))}, "
-        f"peak {format_bytes(manifest.peak_bytes)} of {format_bytes(budget_bytes)}, "
+        f"peak {format_bytes(manifest.peak_bytes)} of {format_bytes(machine.budget_bytes)}, "
         f"compiled in {time.perf_counter() - start:.0f} s"
     )
 
@@ -143,13 +144,20 @@ def inspect(bundle: OutFolder) -> None:
     console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")
 
 
-@app.command()
-def passes() -> None:
-    """List the passes."""
-    from movdc.passes.pipeline import PASSES
+@app.command("passes")
+def passes_() -> None:
+    """List the passes: options with their defaults, exactness, paper."""
+    from movdc.passes.pipeline import DEFAULT, PASSES
 
+    table = Table(title="passes, in the order in which they run")
+    for column in ("pass", "does", "options", "exact", "paper"):
+        table.add_column(column)
     for name, one in PASSES.items():
-        console.print(f"{name}: {(one.__doc__ or '').splitlines()[0]}")
+        options = "\n".join(f"{key}={value}" for key, value in one.options().items())
+        sentence = (one.__doc__ or "").splitlines()[0]
+        always = "" if one in DEFAULT else " (when asked for)"
+        table.add_row(name + always, sentence, options, "yes" if one.exact else f"no: {one.figure}", one.paper)
+    console.print(table)
 
 
 @app.command()
@@ -163,7 +171,10 @@ def targets() -> None:
 def devices() -> None:
     """List the device profiles."""
     for name, profile in _devices().items():
-        console.print(f"{name}: usable memory {profile['usable_memory']} ({profile['source']})")
+        console.print(
+            f"{name}: usable memory {format_bytes(profile.usable_memory)}, loads {format_bytes(profile.load_rate)}/s, "
+            f"computes {profile.compute_flops_per_s / 1e9:.0f} GFLOP/s ({profile.source})"
+        )
 
 
 def _targets() -> dict[str, Any]:
@@ -179,7 +190,10 @@ def _families() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, Any]:
-    return tomllib.loads((files("movdc.targets") / "devices.toml").read_text())
+    from movdc.compiler.device import read_profiles
+
+    with as_file(files("movdc.targets") / "devices.toml") as path:
+        return dict(read_profiles(path))
 
 
 def _one_of(spec_file: Any, key: str, choices: dict[str, Any]) -> Any:

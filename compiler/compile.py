@@ -9,9 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 
 from movdc.compiler.bundle_writer import BundleWriter, new_bundle
-from movdc.compiler.errors import MovdcError
+from movdc.compiler.device import Machine
+from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
-from movdc.compiler.pass_base import Pass, run_passes
+from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Graph, Program
@@ -28,23 +29,23 @@ def compile_bundle(
     out: Path,
     family: Family,
     target: Target,
-    passes: Sequence[Pass],
-    budget_bytes: int,
+    machine: Machine,
+    phases: Sequence[tuple[str, Sequence[Pass]]],
     dump: Path | None,
     progress: Progress,
 ) -> Manifest:
     """Compile a spec into the bundle `out` and return its manifest."""
     with new_bundle(out) as writer:
-        program = _optimise(spec_file, family, passes, dump, progress)
+        program = _optimise(spec_file, family, machine, phases, dump, progress)
         _refuse(program, target)
-        stages, partitions = _lower(program, target, writer, budget_bytes, progress)
+        stages, partitions = _lower(program, target, writer, progress)
         writer.add_bytes(program.prompt.tokenizer, program.tokenizer_json)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             family=family.name,
             target=target.name,
             device=program.spec.device,
-            budget_bytes=budget_bytes,
+            budget_bytes=machine.budget_bytes,
             peak_bytes=max(variant.peak_bytes for stage in stages for variant in stage.variants.values()),
             video=Video.model_validate(program.spec.video.model_dump()),
             prompt=program.prompt,
@@ -55,7 +56,7 @@ def compile_bundle(
             weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
             files=tuple(writer.files[path] for path in sorted(writer.files)),
             spec=program.spec.model_dump(mode="json"),
-            pipeline=",".join(map(str, passes)),
+            pipeline=",".join(str(one) for _, passes in phases for one in passes),
             versions={"movdc": version("movdc"), "torch": version("torch"), "executorch": version("executorch")}
             | {"python": platform.python_version()},
         )
@@ -64,37 +65,40 @@ def compile_bundle(
 
 
 def _optimise(
-    spec_file: SpecFile, family: Family, passes: Sequence[Pass], dump: Path | None, progress: Progress
+    spec_file: SpecFile,
+    family: Family,
+    machine: Machine,
+    phases: Sequence[tuple[str, Sequence[Pass]]],
+    dump: Path | None,
+    progress: Progress,
 ) -> Program:
     """Trace and run the passes, with the largest micro-batch of the decoder that fits the budget."""
-    failure: MovdcError | None = None
+    passes = [one for _, some in phases for one in some]
+    last_of = {some[-1]: phase for phase, some in phases}
     for micro_batch_frames in family.micro_batches:
         progress("trace", 0, 1)
-        program = family.trace(spec_file, micro_batch_frames)
+        program = family.trace(spec_file, machine, micro_batch_frames)
         progress("trace", 1, 1)
         if dump is not None:
-            _dump(dump, 0, "trace", program)
-        done: list[Pass] = []
+            _dump(dump, "0-trace", program)
 
-        def after(one: Pass, result: object, done: list[Pass] = done) -> None:
-            done.append(one)
-            if dump is not None:
-                _dump(dump, len(done), one.name, result.program)  # type: ignore[attr-defined]  # a PassResult
-            progress("passes", len(done), len(passes))
+        def after(one: Pass, result: PassResult) -> None:
+            if dump is not None and one in last_of:
+                names = [phase for phase, _ in phases]
+                _dump(dump, f"{names.index(last_of[one]) + 1}-{last_of[one]}", result.program)
+            progress("passes", passes.index(one) + 1, len(passes))
 
         try:
             return run_passes(program, passes, after)
-        except MovdcError as error:
-            failure = error
-            if "vae_spatial" not in str(error):
-                break
-    assert failure is not None
-    raise failure
+        except BudgetError as error:
+            if error.stage != "vae_spatial" or micro_batch_frames == family.micro_batches[-1]:
+                raise
+    raise InternalError(f"family {family.name} names no micro-batch")
 
 
-def _dump(folder: Path, index: int, name: str, program: Program) -> None:
+def _dump(folder: Path, name: str, program: Program) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{index}-{name}.txt").write_text(print_program(program))
+    (folder / f"{name}.txt").write_text(print_program(program))
 
 
 def _refuse(program: Program, target: Target) -> None:

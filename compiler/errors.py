@@ -1,10 +1,18 @@
-"""Two families of error: the user's input (MovdcError) and our bugs (InternalError)."""
+"""Two families of error: the user's input (MovdcError and BudgetError) and our bugs (InternalError)."""
 
 from __future__ import annotations
 
 
 class MovdcError(Exception):
     """The input cannot be compiled; the message is one sentence: what, where, what is allowed, what to do next."""
+
+
+class BudgetError(MovdcError):
+    """A stage does not fit into the memory budget however it is cut."""
+
+    def __init__(self, stage: str, message: str) -> None:
+        super().__init__(f"{stage}: {message}")
+        self.stage = stage
 
 
 class InternalError(Exception):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from movdc.compiler.device import Machine
 from movdc.compiler.program import Program
 from movdc.compiler.spec import SpecFile
 
@@ -16,5 +17,5 @@ class Family(ABC):
     micro_batches: ClassVar[tuple[int, ...]]  # frames decoded at once by the spatial decoder, best first
 
     @abstractmethod
-    def trace(self, spec_file: SpecFile, micro_batch_frames: int) -> Program:
+    def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:
         """Check the checkpoints and trace every stage; raises MovdcError for what does not fit the family."""

@@ -21,6 +21,9 @@ def print_program(program: Program) -> str:
 def print_graph(graph: Graph) -> str:
     """One line a node: `%name: f32[2,160,128] = op(args)  # 160.0 KiB`, and a line where a partition ends."""
     lines = []
+    piece = 0
+    if graph.templates:
+        lines.append(f"  ---- template {graph.templates[0][:16]} ----")
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             source = f"weight({graph.weights[node.name]})" if node.name in graph.weights else "input"
@@ -34,7 +37,9 @@ def print_graph(graph: Graph) -> str:
             size = f"  # {format_bytes(value.nbytes)}" if isinstance(value, torch.Tensor) else ""
             lines.append(f"  %{node.name}: {_type(value)} = {_operator(node)}({', '.join(arguments)}){size}")
         if node.name in graph.cuts:
-            lines.append("  ---- cut ----")
+            piece += 1
+            template = f" template {graph.templates[piece][:16]} ----" if graph.templates else ""
+            lines.append(f"  ---- cut ----{template}")
     return "\n".join(lines) + "\n"
 
 

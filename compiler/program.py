@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import fx
 
+from movdc.compiler.device import Machine
 from movdc.compiler.errors import InternalError
 from movdc.compiler.spec import PipelineSpec
 from movdc.compiler.weights import WeightRef
@@ -28,11 +29,28 @@ TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
 
 
 @dataclass(frozen=True)
+class TokenLayout:
+    """How a graph arranges video tokens: what merging frames needs to know, as the family declares it.
+
+    Tokens are [B, T, S, C] where they enter and leave an attention, T latent frames of S patches. `attentions` and
+    `mlps` are patterns (fnmatch) of module paths as nn_module_stack names them. `frame_mask` is False on frames held
+    as condition, None if every frame is denoised. `retrace` traces the same stage with another number of frames.
+    """
+
+    frames: int
+    attentions: tuple[str, ...]
+    mlps: tuple[str, ...]
+    retrace: Callable[[int], Graph]
+    frame_mask: tuple[bool, ...] | None = None
+
+
+@dataclass(frozen=True)
 class Graph:
     """One variant of a stage: ATen nodes whose placeholders are the weights, then the inputs.
 
     `graph` is never changed in place: a pass that rewrites copies it first. `cuts` are the names of the nodes
-    after which a new partition starts.
+    after which a new partition starts; `templates` has, for each partition, the digest of the program it shares with
+    every partition of the same digest, and is empty where nothing is shared.
     """
 
     graph: fx.Graph
@@ -40,6 +58,8 @@ class Graph:
     outputs: tuple[TensorSpec, ...]
     weights: Mapping[str, WeightRef]  # placeholder name -> reference
     cuts: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ()
+    layout: TokenLayout | None = None
 
     def copy(self) -> fx.Graph:
         """A copy of the nodes, metadata included, for a pass to rewrite."""
@@ -76,6 +96,7 @@ class Program:
     """Everything that passes may rewrite: the stages and the sampler's plan."""
 
     spec: PipelineSpec
+    machine: Machine
     stages: tuple[Stage, ...]
     sampler: Sampler
     decode: Decode

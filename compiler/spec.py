@@ -14,7 +14,7 @@ from movdc.compiler.errors import MovdcError
 from movdc.compiler.units import parse_bytes
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
-Option = bool | int | float | str
+Option = bool | int | float | str | list[str] | None
 Path_ = tuple[str, ...]
 
 
@@ -69,7 +69,7 @@ class PipelineSpec(_Section):
     video: VideoSpec
     sampler: SamplerSpec = SamplerSpec()
     prompt: PromptSpec = PromptSpec()
-    passes: dict[str, dict[str, Option]] = {}
+    passes: dict[str, dict[str, Option]] = {}  # pass name -> options, on top of the default pipeline
     target: str = "executorch-xnnpack"
     device: str = "host"
     memory_budget: Bytes | None = None

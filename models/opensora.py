@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from movdc.compiler.device import Machine
 from movdc.compiler.family import Family
-from movdc.compiler.program import Graph, Program, Stage
+from movdc.compiler.program import Graph, Program, Stage, TokenLayout
 from movdc.compiler.spec import ModelSpec, SpecFile, VideoSpec
 from movdc.compiler.trace import trace
 from movdc.compiler.weights import RandomSource, Source, WeightRef, open_checkpoint
@@ -71,7 +73,7 @@ class OpenSora(Family):
     name = "opensora-1.2"
     micro_batches = (4, 2, 1)  # 4 is the published choice; frames are decoded on their own, so any gives the same video
 
-    def trace(self, spec_file: SpecFile, micro_batch_frames: int) -> Program:
+    def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:
         """Trace the four stages at the spec's sizes."""
         spec = spec_file.spec
         vae_config = _vae_config(spec_file)
@@ -88,6 +90,7 @@ class OpenSora(Family):
         tokenizer_json, pad_id = _tokenizer(spec_file)
         return Program(
             spec=spec,
+            machine=machine,
             stages=(
                 text_stage,
                 _denoiser_stage(spec_file, latent, text_config.d_model),
@@ -149,14 +152,23 @@ def _denoiser_stage(spec_file: SpecFile, latent: tuple[int, ...], text_channels:
         raise spec_file.error(
             "text_encoder.max_tokens", f"{tokens} is more than the denoiser's {config.model_max_length}; lower it"
         )
-    inputs = (
-        _f32("latents", *latent),
-        _f32("timestep", 1),
-        _f32("text", 1, tokens, text_channels),
-        _f32("text_mask", 1, tokens),
+
+    def retrace(frames: int) -> Graph:
+        inputs = (
+            _f32("latents", *latent[:2], frames, *latent[3:]),
+            _f32("timestep", 1),
+            _f32("text", 1, tokens, text_channels),
+            _f32("text_mask", 1, tokens),
+        )
+        return _trace(spec_file, "denoiser", "stdit.", partial(Denoiser, config, spec.video), inputs, "velocity")
+
+    layout = TokenLayout(
+        frames=latent[2],
+        attentions=("stdit.*_blocks.*.attn", "stdit.*_blocks.*.cross_attn"),
+        mlps=("stdit.*_blocks.*.mlp",),
+        retrace=retrace,
     )
-    graph = _trace(spec_file, "denoiser", "stdit.", partial(Denoiser, config, spec.video), inputs, "velocity")
-    return Stage("denoiser", "per_step", {"plain": graph})
+    return Stage("denoiser", "per_step", {"plain": replace(retrace(latent[2]), layout=layout)})
 
 
 def _vae_stages(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -74,7 +74,7 @@ def _rewrite(graph: Graph, names: list[str]) -> Graph:
             node.replace_all_uses_with(_conv2d(copied, node, weight.meta["taps"]))
         copied.erase_node(node)
     copied.lint()
-    return Graph(copied, graph.inputs, graph.outputs, weights)
+    return replace(graph, graph=copied, weights=weights)
 
 
 def _as_2d(reference: WeightRef, kernel: torch.Tensor) -> WeightRef:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from movdc.compiler.cost import scratch_bytes, size_bytes, weight_bytes
-from movdc.compiler.errors import MovdcError
+from movdc.compiler.errors import BudgetError
 from movdc.compiler.pass_base import Pass, PassResult
 from movdc.compiler.program import Graph, Program
 from movdc.compiler.trace import is_pick
@@ -33,18 +33,15 @@ class Partition(Pass):
     name: ClassVar[str] = "partition"
     exact: ClassVar[bool] = True
 
-    budget_bytes: int
-    load_copies: float  # bytes held while loading, per byte of weights: the target's
-
     def apply(self, program: Program) -> PassResult:
         """Cut every graph afresh."""
         cut = {}
         notes = []
         for stage, variant, graph in program.graphs():
-            need = _needs(graph, self.load_copies)
-            cuts = _fewest(need, _crossing(graph), self.budget_bytes)
+            need = _needs(graph, program.machine.load_copies)
+            cuts = _fewest(need, _crossing(graph), program.machine.budget_bytes)
             if cuts is None:
-                raise _infeasible(stage, graph, need, self.budget_bytes)
+                raise _infeasible(stage, graph, need, program.machine.budget_bytes)
             names = tuple(graph.compute_nodes[position - 1].name for position in cuts)
             notes.append(f"{stage} ({variant}) {len(names) + 1}")
             if names != graph.cuts:
@@ -137,7 +134,7 @@ def _fewest(need: Array, crossing: Array, budget_bytes: int) -> list[int] | None
     return cuts[::-1]
 
 
-def _infeasible(stage: str, graph: Graph, need: Array, budget_bytes: int) -> MovdcError:
+def _infeasible(stage: str, graph: Graph, need: Array, budget_bytes: int) -> BudgetError:
     """Name the smallest budget that can be met, and the node that sets it."""
     count = need.shape[0]
     best = np.full(count + 1, _NEVER)
@@ -147,8 +144,9 @@ def _infeasible(stage: str, graph: Graph, need: Array, budget_bytes: int) -> Mov
     smallest = int(best[count])
     alone = np.array([need[i, i + 1] if need[i, i + 1] < _NEVER else 0 for i in range(count)])
     node = graph.compute_nodes[int(alone.argmax())]
-    return MovdcError(
-        f"{stage}: does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the "
+    return BudgetError(
+        stage,
+        f"does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the "
         f"smallest memory budget is {smallest} bytes ({format_bytes(smallest)}), set by %{node.name} ({node.target}); "
-        "raise memory_budget, or make the video smaller"
+        "raise memory_budget, or make the video smaller",
     )

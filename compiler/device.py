@@ -1,0 +1,61 @@
+"""Device profiles, and the machine that partitions are planned for."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from movdc.compiler.units import parse_bytes
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class DeviceProfile(BaseModel):
+    """One entry of devices.toml."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    usable_memory: Bytes
+    load_rate: Bytes  # per second
+    compute_flops_per_s: float = Field(gt=0)
+    load_overhead_s: float = Field(ge=0)  # for each partition, whatever its size
+    source: str
+
+
+def read_profiles(path: Path) -> dict[str, DeviceProfile]:
+    """The profiles of a devices.toml by name."""
+    return {name: DeviceProfile.model_validate(entry) for name, entry in tomllib.loads(path.read_text()).items()}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What partitions are planned for: the memory of a run, the device's rates, and how the target holds weights."""
+
+    budget_bytes: int
+    load_bytes_per_s: float
+    compute_flops_per_s: float
+    load_overhead_s: float
+    load_copies: float  # bytes held while loading, per byte of weights
+
+    @classmethod
+    def of(cls, profile: DeviceProfile, budget_bytes: int | None, load_copies: float) -> Machine:
+        """The machine of a profile; a budget given explicitly replaces the profile's."""
+        return cls(
+            budget_bytes or profile.usable_memory,
+            profile.load_rate,
+            profile.compute_flops_per_s,
+            profile.load_overhead_s,
+            load_copies,
+        )
+
+    def load_s(self, weight_bytes: float) -> float:
+        """Predicted seconds to load a partition."""
+        return self.load_overhead_s + weight_bytes / self.load_bytes_per_s
+
+    def run_s(self, flops: float) -> float:
+        """Predicted seconds to run a partition."""
+        return flops / self.compute_flops_per_s
