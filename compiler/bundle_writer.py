@@ -12,8 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.target import Artifact
-from movdc.runtime.bundle import MANIFEST, SEAL, File, Manifest, WeightsFile, seal_of
+from movdc.runtime.bundle import MANIFEST, SEAL, Constant, File, Manifest, WeightsFile, seal_of
 
 
 class BundleWriter:
@@ -24,14 +23,15 @@ class BundleWriter:
         self.files: dict[str, File] = {}
         self.weights: dict[str, WeightsFile] = {}
 
-    def add_artifact(self, artifact: Artifact) -> tuple[str, str | None]:
-        """Move a lowered partition's files in; returns the paths of program and weights."""
-        program = self._add(artifact.program, "programs", ".pte")
-        if artifact.weights is None:
-            return program, None
-        weights = self._add(artifact.weights, "weights", ".ptd")
-        self.weights[weights] = WeightsFile(path=weights, constants=artifact.constants)
-        return program, weights
+    def add_program(self, program: Path) -> str:
+        """Move a lowered program in; returns its path in the bundle."""
+        return self._add(program, "programs", program.suffix)
+
+    def add_weights(self, weights: Path, constants: tuple[Constant, ...]) -> str:
+        """Move a file of weights in, unless one of the same content is there; returns its path in the bundle."""
+        path = self._add(weights, "weights", weights.suffix)
+        self.weights[path] = WeightsFile(path=path, constants=constants)
+        return path
 
     def add_bytes(self, path: str, data: bytes) -> None:
         """Write a file under a given name."""

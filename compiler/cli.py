@@ -133,7 +133,9 @@ def inspect(bundle: OutFolder) -> None:
             one.working_bytes,
             *(sum(t.size_bytes for t in s) for s in (one.inputs, one.outputs)),
         )
-        table.add_row(one.name, *map(format_bytes, sizes), f"{one.flops / 1e6:.1f}", one.program, one.weights or "-")
+        table.add_row(
+            one.name, *map(format_bytes, sizes), f"{one.flops / 1e6:.1f}", one.program, "\n".join(one.weights) or "-"
+        )
     console.print(table)
     for stage in manifest.stages:
         for name, variant in stage.variants.items():

@@ -18,7 +18,7 @@ from movdc.compiler.printer import print_program
 from movdc.compiler.program import Graph, Program
 from movdc.compiler.schedule import check, sequential
 from movdc.compiler.spec import SpecFile
-from movdc.compiler.target import Target
+from movdc.compiler.target import Artifact, Target
 from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Stage, Variant, Video
 
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
@@ -109,33 +109,46 @@ def _refuse(program: Program, target: Target) -> None:
 
 
 def _lower(
-    program: Program, target: Target, writer: BundleWriter, budget_bytes: int, progress: Progress
+    program: Program, target: Target, writer: BundleWriter, progress: Progress
 ) -> tuple[tuple[Stage, ...], tuple[Partition, ...]]:
+    """Lower each template once and write the weights of every partition."""
     pieces = {(stage, variant): split(graph) for stage, variant, graph in program.graphs()}
     total = sum(len(some) for some in pieces.values())
+    lowered: dict[str, tuple[str, Artifact]] = {}
     partitions: list[Partition] = []
     stages = []
     for stage in program.stages:
         variants = {}
-        for name, graph in stage.variants.items():
+        for variant, graph in stage.variants.items():
             made = []
-            for index, piece in enumerate(pieces[stage.name, name]):
+            for index, piece in enumerate(pieces[stage.name, variant]):
                 progress("lower", len(partitions), total)
-                made.append(_lower_piece(f"{stage.name}.{name}.{index}", piece, target, writer))
+                name = f"{stage.name}.{variant}.{index}"
+                template = graph.templates[index] if graph.templates else name
+                with tempfile.TemporaryDirectory(dir=writer.root) as folder:
+                    if template not in lowered:
+                        artifact = target.emit(piece, Path(folder))
+                        lowered[template] = writer.add_program(artifact.program), artifact
+                    made.append(_partition(name, piece, *lowered[template], target, writer, Path(folder)))
                 partitions.append(made[-1])
-            variants[name] = _variant(graph, made, budget_bytes)
+            variants[variant] = _variant(graph, made, program.machine.budget_bytes)
         stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
     progress("lower", total, total)
     return tuple(stages), tuple(partitions)
 
 
-def _lower_piece(name: str, piece: Piece, target: Target, writer: BundleWriter) -> Partition:
-    with tempfile.TemporaryDirectory(dir=writer.root) as folder:
-        program, weights = writer.add_artifact(target.emit(piece.module(), Path(folder)))
+def _partition(
+    name: str, piece: Piece, program: str, artifact: Artifact, target: Target, writer: BundleWriter, folder: Path
+) -> Partition:
+    weights = []
+    for group in dict.fromkeys(weight.group for weight in piece.weights):
+        path = folder / f"{group}{target.weights_suffix}"
+        if slots := artifact.slots_of(piece, group):
+            weights.append(writer.add_weights(path, target.write_weights(slots, path)))
     return Partition(
         name=name,
         program=program,
-        weights=weights,
+        weights=tuple(weights),
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),
         weight_bytes=piece.weight_bytes,

@@ -2,14 +2,58 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 
+import torch
 from torch import fx, nn
 
 from movdc.compiler.cost import flops, scratch_bytes, size_bytes
+from movdc.compiler.folded import FoldedSource
+from movdc.compiler.printer import print_node, print_type
 from movdc.compiler.program import Graph, spec_of, value_of
 from movdc.compiler.trace import is_pick
+from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import TensorSpec
+
+
+@dataclass(frozen=True)
+class PieceWeight:
+    """A weight of a piece: the ordinal counts the weights of its group in order of appearance."""
+
+    node: fx.Node
+    ref: WeightRef
+    group: str  # "weights" of the checkpoint, which variants of a stage share, or "tables" folded for one variant
+    ordinal: int
+
+    @property
+    def name(self) -> str:
+        """The name under which the lowered program knows it."""
+        return f"{self.group}_{self.ordinal}"
+
+    def text(self) -> str:
+        """What programs that share it must agree on: type and place, and the values where lowering may look at them."""
+        value = value_of(self.node)
+        if self._is_read_by_lowering:
+            return f"{print_type(value)} = {hashlib.sha256(self.ref.read().numpy().tobytes()).hexdigest()}"
+        return print_type(value)
+
+    def stand_in(self) -> torch.Tensor:
+        """Data that no other weight of the piece has, so that it can be recognised in what the target made of it."""
+        if self._is_read_by_lowering:
+            return self.ref.read()
+        value = value_of(self.node)
+        digest = hashlib.sha256(f"{self.name}: {print_type(value)}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+        if value.dtype == torch.int8:
+            return torch.randint(-127, 128, value.shape, generator=generator, dtype=torch.int8)
+        return 0.5 + torch.rand(value.shape, generator=generator, dtype=value.dtype)  # positive: scales must be
+
+    @property
+    def _is_read_by_lowering(self) -> bool:
+        """Indices and zero points decide how XNNPACK lowers what reads them."""
+        dtype = value_of(self.node).dtype
+        return dtype != torch.int8 and not dtype.is_floating_point
 
 
 @dataclass(frozen=True)
@@ -20,12 +64,12 @@ class Piece:
     nodes: tuple[fx.Node, ...]
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
-    weights: tuple[fx.Node, ...]
+    weights: tuple[PieceWeight, ...]
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of its weights."""
-        return sum(size_bytes(node) for node in self.weights)
+        return sum(size_bytes(weight.node) for weight in self.weights)
 
     @property
     def flops(self) -> int:
@@ -52,21 +96,33 @@ class Piece:
         return spec_of(name, value_of(node))
 
     def module(self) -> fx.GraphModule:
-        """The subgraph with its weights read, transformed and attached; names follow the order of appearance."""
+        """The subgraph with stand-ins for its weights, which each partition of the same text shares."""
         root = nn.Module()
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         for index, node in enumerate(self.inputs):
             copies[node] = graph.placeholder(f"input_{index}")
             copies[node].meta["val"] = value_of(node)
-        for index, node in enumerate(self.weights):
-            data = self.graph.weights[node.name].read()
-            root.register_parameter(f"weight_{index}", nn.Parameter(data, requires_grad=False))
-            copies[node] = graph.get_attr(f"weight_{index}")
+        for weight in self.weights:
+            root.register_parameter(weight.name, nn.Parameter(weight.stand_in(), requires_grad=False))
+            copies[weight.node] = graph.get_attr(weight.name)
         for node in self.nodes:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
+            copies[node].meta = {}  # its history would be copied by every step of the lowering
         graph.output(tuple(copies[node] for node in self.outputs))
         return fx.GraphModule(root, graph)
+
+    def text(self) -> str:
+        """The subgraph with every name replaced by a number: pieces of one text can share one program."""
+        names = {node: f"%input_{index}" for index, node in enumerate(self.inputs)}
+        names |= {weight.node: f"%{weight.name}" for weight in self.weights}
+        lines = [f"{names[node]}: {print_type(value_of(node))}" for node in self.inputs]
+        lines += [f"{names[weight.node]}: {weight.text()}" for weight in self.weights]
+        for index, node in enumerate(self.nodes):
+            names[node] = f"%{index}"
+            lines.append(print_node(node, names))
+        lines.append(f"return {', '.join(names[node] for node in self.outputs)}")
+        return "\n".join(lines) + "\n"
 
 
 def split(graph: Graph) -> list[Piece]:
@@ -87,7 +143,16 @@ def split(graph: Graph) -> list[Piece]:
                 tuple(group),
                 tuple(node for node in read if node not in inside and node.name not in graph.weights),
                 tuple(node for node in group if node in results or not inside.issuperset(node.users)),
-                tuple(node for node in read if node.name in graph.weights),
+                _weights(graph, [node for node in read if node.name in graph.weights]),
             )
         )
     return pieces
+
+
+def _weights(graph: Graph, nodes: list[fx.Node]) -> tuple[PieceWeight, ...]:
+    weights: list[PieceWeight] = []
+    for node in nodes:
+        ref = graph.weights[node.name]
+        group = "tables" if isinstance(ref.source, FoldedSource) else "weights"
+        weights.append(PieceWeight(node, ref, group, sum(weight.group == group for weight in weights)))
+    return tuple(weights)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,15 +28,14 @@ def print_graph(graph: Graph) -> str:
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             source = f"weight({graph.weights[node.name]})" if node.name in graph.weights else "input"
-            lines.append(f"  %{node.name}: {_type(node.meta['val'])} = {source}")
+            lines.append(f"  %{node.name}: {print_type(node.meta['val'])} = {source}")
         elif node.op == "output":
-            lines.append(f"  return {_argument(node.args[0])}")
+            results = ", ".join(f"%{result.name}" for result in node.args[0])
+            lines.append(f"  return [{results}]")
         else:
-            arguments = [_argument(argument) for argument in node.args]
-            arguments += [f"{key}={_argument(value)}" for key, value in node.kwargs.items()]
             value = node.meta["val"]
             size = f"  # {format_bytes(value.nbytes)}" if isinstance(value, torch.Tensor) else ""
-            lines.append(f"  %{node.name}: {_type(value)} = {_operator(node)}({', '.join(arguments)}){size}")
+            lines.append(f"  {print_node(node)}{size}")
         if node.name in graph.cuts:
             piece += 1
             template = f" template {graph.templates[piece][:16]} ----" if graph.templates else ""
@@ -43,21 +43,30 @@ def print_graph(graph: Graph) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _type(value: Any) -> str:
+def print_node(node: fx.Node, names: Mapping[fx.Node, str] | None = None) -> str:
+    """A node that computes, `%name: type = op(args)`, under the given names or its own."""
+    known = names or {}
+
+    def argument(value: Any) -> str:
+        if isinstance(value, fx.Node):
+            return known.get(value, f"%{value.name}")
+        if isinstance(value, (list, tuple)):
+            return f"[{', '.join(argument(item) for item in value)}]"
+        return repr(value)
+
+    arguments = [argument(value) for value in node.args]
+    arguments += [f"{key}={argument(value)}" for key, value in node.kwargs.items()]
+    return f"{argument(node)}: {print_type(node.meta['val'])} = {_operator(node)}({', '.join(arguments)})"
+
+
+def print_type(value: Any) -> str:
+    """The type of a node's value: f32[2,160,128], or a tuple of those."""
     if isinstance(value, torch.Tensor):
         return f"{DTYPES.get(value.dtype, str(value.dtype))}[{','.join(str(int(size)) for size in value.shape)}]"
-    return f"({', '.join(_type(item) for item in value)})"
+    return f"({', '.join(print_type(item) for item in value)})"
 
 
 def _operator(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return f"{node.target.namespace}.{node.target._opname}"
     return getattr(node.target, "__name__", str(node.target))
-
-
-def _argument(value: Any) -> str:
-    if isinstance(value, fx.Node):
-        return f"%{value.name}"
-    if isinstance(value, (list, tuple)):
-        return f"[{', '.join(_argument(item) for item in value)}]"
-    return repr(value)

@@ -16,13 +16,15 @@ class TensorRecord:
 class ConstantRecord:
     def __init__(self, key: str, offset_bytes: int, size_bytes: int, dtype: str, shape: Sequence[int], /) -> None: ...
 
+class WeightsRecord:
+    def __init__(self, path: str, constants: Sequence[ConstantRecord], /) -> None: ...
+
 class PartitionRecord:
     def __init__(
         self,
         name: str,
         program: str,
-        weights: str,
-        constants: Sequence[ConstantRecord],
+        weights: Sequence[WeightsRecord],
         inputs: Sequence[TensorRecord],
         outputs: Sequence[TensorRecord],
         held_bytes: int,

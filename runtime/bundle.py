@@ -91,7 +91,7 @@ class Partition(_Record):
 
     name: str  # STAGE.VARIANT.INDEX
     program: BundlePath
-    weights: BundlePath | None  # a WeightsFile.path; None if the piece has no weights
+    weights: tuple[BundlePath, ...]  # WeightsFile.path of each file that it reads constants from
     inputs: tuple[TensorSpec, ...]  # in the order of the program's arguments
     outputs: tuple[TensorSpec, ...]
     weight_bytes: int  # as stored

@@ -20,18 +20,18 @@ class Executor:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         manifest = bundle.manifest
-        constants = {
-            weights.path: [
-                _engine.ConstantRecord(c.key, c.offset_bytes, c.size_bytes, c.dtype, c.shape) for c in weights.constants
-            ]
-            for weights in manifest.weights
+        weights = {
+            file.path: _engine.WeightsRecord(
+                file.path,
+                [_engine.ConstantRecord(c.key, c.offset_bytes, c.size_bytes, c.dtype, c.shape) for c in file.constants],
+            )
+            for file in manifest.weights
         }
         partitions = [
             _engine.PartitionRecord(
                 p.name,
                 p.program,
-                p.weights or "",
-                constants[p.weights] if p.weights else [],
+                [weights[path] for path in p.weights],
                 [_record(spec) for spec in p.inputs],
                 [_record(spec) for spec in p.outputs],
                 p.held_bytes,

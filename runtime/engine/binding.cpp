@@ -51,9 +51,11 @@ NB_MODULE(_engine, module) {
       .def(nb::init<std::string, std::string, std::vector<int32_t>>());
   nb::class_<movd::ConstantRecord>(module, "ConstantRecord")
       .def(nb::init<std::string, uint64_t, uint64_t, std::string, std::vector<int32_t>>());
+  nb::class_<movd::WeightsRecord>(module, "WeightsRecord")
+      .def(nb::init<std::string, std::vector<movd::ConstantRecord>>());
   nb::class_<movd::PartitionRecord>(module, "PartitionRecord")
-      .def(nb::init<std::string, std::string, std::string, std::vector<movd::ConstantRecord>,
-                    std::vector<movd::TensorRecord>, std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t>());
+      .def(nb::init<std::string, std::string, std::vector<movd::WeightsRecord>, std::vector<movd::TensorRecord>,
+                    std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t>());
 
   nb::class_<movd::Engine>(module, "Engine")
       .def("__init__",

@@ -60,14 +60,15 @@ class MappedLoader final : public executorch::runtime::DataLoader {
   const Mapping& mapping_;
 };
 
-// Gives ExecuTorch the tensors of a mapped weights file by key, as the manifest's table places them.
+// Gives ExecuTorch the tensors of the mapped weights files by key, as the manifest's tables place them.
 class MappedWeights final : public executorch::runtime::NamedDataMap {
  public:
-  MappedWeights(const Mapping& mapping, const std::vector<ConstantRecord>& constants)
-      : mapping_(mapping), constants_(constants) {
+  void Add(Mapping mapping, const std::vector<ConstantRecord>& constants) {
     for (const ConstantRecord& constant : constants) {
-      by_key_.emplace(constant.key, Entry{&constant, RowMajor(constant.shape.size())});
+      by_key_.emplace(constant.key, Entry{&constant, mappings_.size(), RowMajor(constant.shape.size())});
+      keys_.push_back(&constant.key);
     }
+    mappings_.push_back(std::move(mapping));
   }
 
   Result<const TensorLayout> get_tensor_layout(std::string_view key) const override {
@@ -83,11 +84,12 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
     const Entry* entry = Find(key);
     if (entry == nullptr) return Error::NotFound;
     const ConstantRecord& constant = *entry->constant;
-    if (constant.offset_bytes > mapping_.size_bytes() ||
-        constant.size_bytes > mapping_.size_bytes() - constant.offset_bytes) {
+    const Mapping& mapping = mappings_[entry->mapping];
+    if (constant.offset_bytes > mapping.size_bytes() ||
+        constant.size_bytes > mapping.size_bytes() - constant.offset_bytes) {
       return Error::InvalidExternalData;
     }
-    return FreeableBuffer(mapping_.data() + constant.offset_bytes, constant.size_bytes, nullptr);
+    return FreeableBuffer(mapping.data() + constant.offset_bytes, constant.size_bytes, nullptr);
   }
 
   Error load_data_into(std::string_view key, void* buffer, size_t size) const override {
@@ -98,16 +100,17 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
     return Error::Ok;
   }
 
-  Result<uint32_t> get_num_keys() const override { return static_cast<uint32_t>(constants_.size()); }
+  Result<uint32_t> get_num_keys() const override { return static_cast<uint32_t>(keys_.size()); }
 
   Result<const char*> get_key(uint32_t index) const override {
-    if (index >= constants_.size()) return Error::InvalidArgument;
-    return constants_[index].key.c_str();
+    if (index >= keys_.size()) return Error::InvalidArgument;
+    return keys_[index]->c_str();
   }
 
  private:
   struct Entry {
     const ConstantRecord* constant;
+    size_t mapping;
     std::vector<uint8_t> order;
   };
 
@@ -116,8 +119,8 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
     return found == by_key_.end() ? nullptr : &found->second;
   }
 
-  const Mapping& mapping_;
-  const std::vector<ConstantRecord>& constants_;
+  std::vector<Mapping> mappings_;
+  std::vector<const std::string*> keys_;
   std::unordered_map<std::string, Entry> by_key_;
 };
 
@@ -168,9 +171,8 @@ struct LoadedPartition::State {
   // Destroyed from the last to the first: the method before the memory and the files it points into.
   const PartitionRecord& record;
   Mapping program_file;
-  Mapping weights_file;
   std::unique_ptr<MappedLoader> loader;
-  std::unique_ptr<MappedWeights> weights;
+  MappedWeights weights;
   std::optional<executorch::runtime::Program> program;
   std::vector<std::unique_ptr<uint8_t[]>> planned;
   std::vector<Span<uint8_t>> planned_spans;
@@ -191,10 +193,7 @@ LoadedPartition::LoadedPartition(const FileStore& files, const PartitionRecord& 
   State& state = *state_;
   state.program_file = files.Map(record.program);
   state.loader = std::make_unique<MappedLoader>(state.program_file);
-  if (!record.weights.empty()) {
-    state.weights_file = files.Map(record.weights);
-    state.weights = std::make_unique<MappedWeights>(state.weights_file, record.constants);
-  }
+  for (const WeightsRecord& weights : record.weights) state.weights.Add(files.Map(weights.path), weights.constants);
   auto program = executorch::runtime::Program::load(
       state.loader.get(), executorch::runtime::Program::Verification::InternalConsistency);
   state.Check("loading the program", program.error());
@@ -223,7 +222,7 @@ LoadedPartition::LoadedPartition(const FileStore& files, const PartitionRecord& 
       Span<Span<uint8_t>>(state.planned_spans.data(), state.planned_spans.size()));
   state.memory = std::make_unique<executorch::runtime::MemoryManager>(&state.method_memory, state.planned_memory.get(),
                                                                       &state.run_memory);
-  auto method = state.program->load_method("forward", state.memory.get(), nullptr, state.weights.get());
+  auto method = state.program->load_method("forward", state.memory.get(), nullptr, &state.weights);
   state.Check("initialising the program", method.error());
   state.method.emplace(std::move(*method));
 }

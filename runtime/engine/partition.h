@@ -34,11 +34,15 @@ struct ConstantRecord {
   std::vector<int32_t> shape;
 };
 
+struct WeightsRecord {
+  std::string path;
+  std::vector<ConstantRecord> constants;
+};
+
 struct PartitionRecord {
   std::string name;
   std::string program;
-  std::string weights;  // empty if there are none
-  std::vector<ConstantRecord> constants;
+  std::vector<WeightsRecord> weights;
   std::vector<TensorRecord> inputs;
   std::vector<TensorRecord> outputs;
   uint64_t held_bytes;

@@ -15,7 +15,7 @@ def _partition(name: str, source: str, target: str) -> Partition:
     return Partition(
         name=name,
         program="programs/p.pte",
-        weights=None,
+        weights=(),
         inputs=(_tensor(source),),
         outputs=(_tensor(target),),
         weight_bytes=1000,
