@@ -81,7 +81,7 @@ class Pass(ABC):
         return f"{self.name}{{{','.join(options)}}}" if options else self.name
 
     @classmethod
-    def options(cls) -> dict[str, Option]:
+    def options(cls) -> dict[str, object]:
         """Option names with their defaults."""
         return {field.name: field.default for field in fields(cls)}
 

@@ -20,6 +20,10 @@ aten = torch.ops.aten
 _NO_OPS = {aten._assert_tensor_metadata.default}
 _IDENTITY = {aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
+VIEWS = _VIEWS | {
+    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
+    aten.expand.default, aten.slice.Tensor,
+}  # fmt: skip
 _CONVERSIONS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 
 
@@ -56,14 +60,11 @@ def _to_graph(
         else:
             raise InternalError(f"traced tensor {spec.target} ({spec.kind.name.lower()}) has no weight reference")
     _drop_no_ops(graph)
-    for node in list(graph.nodes):
-        if node.op == "placeholder" and node.name in references and not node.users:
-            del references[node.name]
-            graph.erase_node(node)
-        elif node.op == "placeholder" and node.name in renames:
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in renames:
             node.target = renames[node.name]
             node._rename(renames[node.name])
-    graph.eliminate_dead_code()
+    references = erase_unused(graph, references)
     graph.lint()
     results = next(iter(reversed(graph.nodes))).args[0]
     specs = tuple(spec_of(name, result.meta["val"]) for name, result in zip(outputs, results, strict=True))
@@ -80,6 +81,16 @@ def _drop_no_ops(graph: fx.Graph) -> None:
         elif node.target in _VIEWS:
             # Strides are nobody's business here: a value is contiguous whenever it crosses a cut.
             node.target = aten.reshape.default
+
+
+def erase_unused(graph: fx.Graph, weights: Mapping[str, WeightRef]) -> dict[str, WeightRef]:
+    """Erase nodes and weights that nothing reads; returns the weights that are left."""
+    graph.eliminate_dead_code()
+    for node in graph.find_nodes(op="placeholder"):
+        if node.name in weights and not node.users:
+            graph.erase_node(node)
+    names = {node.name for node in graph.find_nodes(op="placeholder")}
+    return {name: ref for name, ref in weights.items() if name in names}
 
 
 def _keeps_dtype(node: fx.Node) -> bool:

@@ -35,14 +35,17 @@ class Source(Protocol):
 class Transform:
     """A change of layout done when the tensor is read."""
 
-    op: Literal["permute", "reshape"]
-    args: tuple[int, ...]
+    op: Literal["permute", "reshape", "rows"]
+    args: tuple[int, ...]  # of rows: (period, low, high) keeps the rows r with low <= r % period < high
 
     def __str__(self) -> str:
         return f"{self.op}[{','.join(map(str, self.args))}]"
 
     def apply(self, tensor: Tensor) -> Tensor:
         """The transformed tensor (of data or fake)."""
+        if self.op == "rows":
+            period, low, high = self.args
+            return tensor.reshape(-1, period, *tensor.shape[1:])[:, low:high].flatten(0, 1)
         return tensor.permute(self.args) if self.op == "permute" else tensor.reshape(self.args)
 
 

@@ -14,6 +14,7 @@ from movdc.compiler.program import DTYPES, Graph, Program, Stage
 from movdc.compiler.spec import load_spec
 from movdc.compiler.trace import trace
 from movdc.compiler.weights import WeightRef
+from movdc.models.opensora import OpenSora
 from movdc.runtime.bundle import Decode, Prompt, Sampler, TensorSpec
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
@@ -54,7 +55,7 @@ def program_of() -> Callable[..., Program]:
     """Wrap graphs, given as stage=graph, into a Program with one plain variant a stage."""
     spec = load_spec(EXAMPLE).spec
     sampler = Sampler.model_validate(
-        {"solver": "euler", "prediction": "rectified_flow", "steps": 30, "shift": 1.0, "rounded": False}
+        {"solver": "euler", "prediction": "rectified_flow", "units": (30,), "shift": 1.0, "rounded": False}
         | {"guidance": 4.0, "latent": (1, 4, 10, 8, 8)}
     )
     prompt = Prompt(tokenizer="t.json", max_tokens=24, pad_id=0, aesthetic=None, cleaning="open-sora")
@@ -85,3 +86,9 @@ def run_graph() -> Callable[..., list[Tensor]]:
 def with_machine() -> Callable[..., Program]:
     """The same program for another machine: `with_machine(program, budget_bytes=...)`."""
     return lambda program, **changes: replace(program, machine=replace(program.machine, **changes))
+
+
+@pytest.fixture(scope="session")
+def example_program() -> Program:
+    """The example pipeline as traced; its weights are read only when a graph is run."""
+    return OpenSora().trace(load_spec(EXAMPLE), MACHINE, 4)
