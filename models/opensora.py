@@ -99,7 +99,7 @@ class OpenSora(Family):
             sampler=Sampler(
                 solver="euler",
                 prediction="rectified_flow",
-                steps=spec.sampler.steps,
+                units=(spec.sampler.steps,),
                 shift=timestep_shift(spec.video),
                 rounded=spec.sampler.rounded,
                 guidance=spec.sampler.guidance,

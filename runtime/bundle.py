@@ -125,12 +125,33 @@ class Stage(_Record):
     variants: dict[str, Variant]
 
 
-class Sampler(_Record):
-    """First-order rectified flow: z += v * dt from noise at t = 1 to data at t = 0 (arXiv 2209.03003)."""
+class Leap(_Record):
+    """The rule by which a unit goes from the time of one step straight to t = 0: z += v * t (runtime/sampler.py)."""
 
-    solver: Literal["euler"]
-    prediction: Literal["rectified_flow"]  # v = data - noise
-    steps: int = Field(ge=1)
+    mode: Literal["fixed", "dynamic"]
+    # fixed: the step of each unit that leaps, from 0; None is half of the unit's steps, rounded down. A unit that
+    # has no more than step + 1 steps is denoised as if there were no leap.
+    step: int | None = Field(default=None, ge=0)
+    # dynamic: the first step whose drift is compared with that of the step before; None is half, rounded up.
+    min_steps: int | None = Field(default=None, ge=1)
+    tol: float = Field(default=1e-4, ge=0)  # dynamic: a similarity is better if it exceeds the best by more than this
+    patience: int = Field(default=3, ge=1)  # dynamic: the step of this many similarities in a row not better leaps
+    # dynamic: cosine over all elements, or the mean over the rows of the first channel of the first frame
+    metric: Literal["all", "first_frame_rows"] = "all"
+    best: float | None = None  # dynamic: the best similarity before the first; None lets any first one be better
+
+
+class Sampler(_Record):
+    """How noise becomes latents, by guided evaluations of the denoiser from t = 1 to t = 0."""
+
+    solver: Literal["euler", "heun", "ddim", "unipc", "dpm"]  # only euler is run
+    # rectified_flow: v = data - noise; flow_match: v = noise - data; only these two are run
+    prediction: Literal["rectified_flow", "flow_match", "v_prediction", "epsilon"]
+    # The denoising steps of each unit; a unit goes from its own t = 1 to 0 and leaps on its own. Open-Sora has one,
+    # Pyramidal Flow one for each (temporal unit, stage).
+    units: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
+    merged_steps: int = Field(default=0, ge=0)  # the first steps of each unit that run the variant "merged"
+    leap: Leap | None = None
     shift: float = Field(gt=0)  # r of t' = r t / (1 + (r - 1) t)
     rounded: bool  # timesteps rounded to integers before the shift
     guidance: float

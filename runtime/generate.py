@@ -57,7 +57,7 @@ class Generator:
     ) -> Result:
         """Make one video; raises RunError for a prompt or noise that cannot be used."""
         manifest, run = self._manifest, self._executor.run
-        sampler = manifest.sampler.model_copy(update={"steps": steps or manifest.sampler.steps})
+        sampler = manifest.sampler.model_copy(update={} if steps is None else {"units": (steps,)})
         noise = initial_noise(seed, sampler.latent) if noise is None else _checked_noise(noise, sampler.latent)
         tokenizer_json = self._executor.read_file(manifest.prompt.tokenizer)
         tokens = tokenize(prepare(text, manifest.prompt), manifest.prompt, tokenizer_json)

@@ -14,8 +14,9 @@ Array = np.ndarray[Any, np.dtype[np.float32]]
 
 
 def timesteps(sampler: Sampler) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Timesteps [steps] from 1000 downwards, shifted towards noise by the sampler's ratio r (Open-Sora 1.2)."""
-    plain = (1 - np.arange(sampler.steps) / sampler.steps) * 1000
+    """Timesteps [steps] of the first unit from 1000 downwards, shifted towards noise by r (Open-Sora 1.2)."""
+    steps = sampler.units[0]
+    plain = (1 - np.arange(steps) / steps) * 1000
     if sampler.rounded:
         plain = np.round(plain)  # half to even, as the reference rounds
     t = plain / 1000
@@ -38,14 +39,15 @@ def sample(
     Row 0 of the velocities is for the caption, row 1 for the null caption; raises RunError when one is not finite.
     """
     schedule = timesteps(sampler)
+    steps = len(schedule)
     z = noise
     for index, t in enumerate(schedule):
         conditional, null = denoise(z, np.array([t], np.float32))
         velocity = null + np.float32(sampler.guidance) * (conditional - null)
         if not np.isfinite(velocity).all():
-            raise RunError(f"step {index} of {sampler.steps}: the denoiser gave a velocity that is not finite")
-        following = schedule[index + 1] if index + 1 < sampler.steps else 0.0
+            raise RunError(f"step {index} of {steps}: the denoiser gave a velocity that is not finite")
+        following = schedule[index + 1] if index + 1 < steps else 0.0
         z = z + velocity[None] * np.float32((t - following) / 1000)
         if on_step is not None:
-            on_step(index + 1, sampler.steps)
+            on_step(index + 1, steps)
     return z

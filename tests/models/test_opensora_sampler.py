@@ -37,7 +37,7 @@ def test_sampling_repeats_the_recorded_latents(item: int, tiny_checkpoint: Path,
     sampler = Sampler(
         solver="euler",
         prediction="rectified_flow",
-        steps=settings["steps"],
+        units=(settings["steps"],),
         shift=timestep_shift(spec.video),
         rounded=False,
         guidance=settings["cfg_scale"],

@@ -21,7 +21,7 @@ def _sampler(steps: int, shift: float = 1.0, rounded: bool = False, guidance: fl
     return Sampler(
         solver="euler",
         prediction="rectified_flow",
-        steps=steps,
+        units=(steps,),
         shift=shift,
         rounded=rounded,
         guidance=guidance,
