@@ -1,0 +1,115 @@
+"""What the tests that go through the command line share: the command, and the example compiled once."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from subprocess import CompletedProcess
+from typing import Protocol
+
+import pytest
+
+REPOSITORY = Path(__file__).parents[1]
+COMMAND_LIMIT_S = 900
+
+
+class Movdc(Protocol):
+    """Runs `movdc` as a user does."""
+
+    def __call__(self, *arguments: object, cwd: Path | None = None, **environment: str) -> CompletedProcess[str]:
+        """Run it to its end; gives the exit code and what it printed."""
+
+
+class Refused(Protocol):
+    """Checks that a command refused its input."""
+
+    def __call__(self, done: CompletedProcess[str]) -> str:
+        """Exit code 2 and one sentence on one line, which is given back."""
+
+
+@pytest.fixture(scope="session")
+def movdc() -> Movdc:
+    """The command of this environment."""
+    command = Path(sys.executable).with_name("movdc")
+
+    def run(*arguments: object, cwd: Path | None = None, **environment: str) -> CompletedProcess[str]:
+        return subprocess.run(
+            [command, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            cwd=cwd,
+            env=os.environ | environment,
+            timeout=COMMAND_LIMIT_S,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def refused() -> Refused:
+    """See Refused; lines of a progress bar may come before the sentence."""
+
+    def check(done: CompletedProcess[str]) -> str:
+        said = done.stdout + done.stderr
+        assert done.returncode == 2, said
+        assert "Traceback" not in said
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1, said
+        assert [line for line in said.splitlines() if line.strip()][-1] == errors[0], said
+        return errors[0].removeprefix("error: ")
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def example() -> Path:
+    """The pipeline that the README compiles."""
+    return REPOSITORY / "examples" / "tiny.yaml"
+
+
+# The compiles that tests ask for by the name of their fixture: where, and the options beside the example's YAML.
+COMPILES = {
+    "bundle": ("one/tiny", []),
+    "twin_bundle": ("another/place/twin", []),
+    "small_bundle": ("small/tiny", ["--memory-budget", "2.8MB"]),
+}
+
+
+@pytest.fixture(scope="session")
+def compiles(
+    request: pytest.FixtureRequest, movdc: Movdc, example: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[Path]]]:
+    """Every compile that a test of this run asks for, two at a time: a compile takes minutes and uses one core."""
+    asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    root = tmp_path_factory.mktemp("bundles")
+
+    def compile_to(place: str, options: list[str]) -> Path:
+        out = root / place
+        out.parent.mkdir(parents=True)
+        done = movdc("compile", example, "-o", out.name, *options, cwd=out.parent)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return out
+
+    with ThreadPoolExecutor(2) as pool:
+        yield {name: pool.submit(compile_to, *COMPILES[name]) for name in COMPILES if name in asked_for}
+
+
+@pytest.fixture(scope="session")
+def bundle(compiles: dict[str, Future[Path]]) -> Path:
+    """The example compiled; copy it before you change it."""
+    return compiles["bundle"].result()
+
+
+@pytest.fixture(scope="session")
+def twin_bundle(compiles: dict[str, Future[Path]]) -> Path:
+    """The example compiled once more, to another folder and from there."""
+    return compiles["twin_bundle"].result()
+
+
+@pytest.fixture(scope="session")
+def small_bundle(compiles: dict[str, Future[Path]]) -> Path:
+    """The example compiled for so little memory that the text encoder is cut too."""
+    return compiles["small_bundle"].result()
