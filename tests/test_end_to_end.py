@@ -1,98 +1,133 @@
 """The whole thing as a user types it: compile the example, make a video, compare with what was recorded."""
 
 import json
-import shutil
-import subprocess
-import sys
+import re
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
+import adherence
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from movdc.runtime.bundle import Bundle
+from movdc.runtime.bundle import Bundle, Manifest
 from movdc.runtime.executor import Executor
-from movdc.runtime.generate import Generator
+from movdc.runtime.generate import Generator, Result
 
-REPOSITORY = Path(__file__).parents[1]
-MOVDC = Path(sys.executable).with_name("movdc")
-GOLDEN = REPOSITORY / "tests" / "golden" / "tiny"
+GOLDEN = Path(__file__).parent / "golden" / "tiny"
 MAX_RELATIVE_ERROR = 1e-2
 MIN_PSNR_DB = 40
+# Other cuts sum the same numbers in the same kernels; only a delegate that spans a cut may fuse an operator less.
+MAX_ERROR_BETWEEN_CUTS = 1e-5
+PROMPTS, MIN_RIGHT = 48, 46
+Movdc = Callable[..., CompletedProcess[str]]
+pytestmark = pytest.mark.slow
 
 
-def _movdc(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([MOVDC, *map(str, arguments)], capture_output=True, text=True, check=False)
+def _relative_error(ours: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(ours - expected) / np.linalg.norm(expected))
 
 
-@pytest.fixture(scope="session")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("bundles") / "tiny"
-    done = _movdc("compile", REPOSITORY / "examples/tiny.yaml", "-o", out)
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
+def _psnr_db(ours: np.ndarray, expected: np.ndarray) -> float:
+    squared = np.mean((ours.astype(np.float64) - expected) ** 2)
+    return float(10 * np.log10(255**2 / max(squared, 1e-12)))
 
 
-@pytest.mark.slow
-def test_the_example_is_cut_and_stays_within_its_budget(bundle: Path) -> None:
-    manifest = Bundle.read(bundle).manifest
-    stages = [partition.name.split(".")[0] for partition in manifest.partitions]
-    assert stages.count("denoiser") >= 4
-    assert stages.count("vae_temporal") + stages.count("vae_spatial") >= 3
-    assert manifest.peak_bytes <= manifest.budget_bytes
-    assert manifest.budget_bytes < sum(partition.weight_bytes for partition in manifest.partitions)
-    shown = _movdc("inspect", bundle)
-    assert shown.returncode == 0
-    assert f"predicted peak {manifest.peak_bytes} bytes" in shown.stdout.replace("\n", " ")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("index", [0, 1])
-def test_the_compiled_sampler_repeats_the_recorded_run(bundle: Path, index: int) -> None:
+def _recorded_run(bundle: Path, index: int) -> tuple[Result, dict[str, np.ndarray]]:
+    """The recorded prompt from the recorded noise, and what was recorded; the run stays within the predicted peak."""
     item = json.loads((GOLDEN / "golden.json").read_text())["items"][index]
     recorded = load_file(GOLDEN / item["file"])
     read = Bundle.read(bundle)
     executor = Executor(read)
     noise = recorded["noise"].reshape(read.manifest.sampler.latent)
     result = Generator(read, executor).generate(item["prompt"], noise=noise)
-    latents = recorded["final_latents"].reshape(result.latents.shape)
-    error = np.linalg.norm(result.latents - latents) / np.linalg.norm(latents)
-    squared = np.mean((result.frames.astype(np.float64) - recorded["frames"]) ** 2)
-    psnr_db = 10 * np.log10(255**2 / max(squared, 1e-12))
+    assert executor.peak_bytes <= read.manifest.peak_bytes
+    return result, recorded
+
+
+def _partitions_of(manifest: Manifest) -> dict[str, int]:
+    stages = [partition.name.split(".")[0] for partition in manifest.partitions]
+    return {stage: stages.count(stage) for stage in stages}
+
+
+def _assert_shown_within_budget(movdc: Movdc, bundle: Path) -> None:
+    shown = movdc("inspect", bundle)
+    assert shown.returncode == 0
+    found = re.search(r"predicted peak (\d+) bytes, budget (\d+) bytes", " ".join(shown.stdout.split()))
+    assert found, shown.stdout
+    peak_bytes, budget_bytes = int(found[1]), int(found[2])
+    assert 0 < peak_bytes <= budget_bytes
+    assert budget_bytes == Bundle.read(bundle).manifest.budget_bytes
+
+
+def test_the_example_is_cut_and_stays_within_its_budget(movdc: Movdc, bundle: Path) -> None:
+    manifest = Bundle.read(bundle).manifest
+    count = _partitions_of(manifest)
+    assert count["denoiser"] >= 4
+    assert count["vae_temporal"] + count["vae_spatial"] >= 3
+    assert manifest.budget_bytes < sum(partition.weight_bytes for partition in manifest.partitions)
+    _assert_shown_within_budget(movdc, bundle)
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_compiled_sampler_repeats_the_recorded_run(bundle: Path, index: int) -> None:
+    result, recorded = _recorded_run(bundle, index)
+    error = _relative_error(result.latents[0], recorded["final_latents"])
+    psnr_db = _psnr_db(result.frames, recorded["frames"])
     print(f"relative L2 {error:.1e}, PSNR {psnr_db:.1f} dB")
     assert error <= MAX_RELATIVE_ERROR
     assert psnr_db >= MIN_PSNR_DB
-    assert executor.peak_bytes <= read.manifest.peak_bytes
 
 
-@pytest.mark.slow
-def test_a_video_is_made(bundle: Path, tmp_path: Path) -> None:
+def test_less_memory_cuts_more_and_gives_the_same_video(movdc: Movdc, bundle: Path, small_bundle: Path) -> None:
+    small, large = Bundle.read(small_bundle).manifest, Bundle.read(bundle).manifest
+    assert small.budget_bytes < large.budget_bytes
+    assert _partitions_of(small)["text_encoder"] >= 2
+    assert len(small.partitions) > len(large.partitions)
+    _assert_shown_within_budget(movdc, small_bundle)
+    ours, _ = _recorded_run(small_bundle, 1)
+    expected, _ = _recorded_run(bundle, 1)
+    error = _relative_error(ours.latents, expected.latents)
+    difference = np.abs(ours.frames.astype(int) - expected.frames).max()
+    print(f"relative L2 {error:.1e}, frames differ by {difference}")
+    assert error <= MAX_ERROR_BETWEEN_CUTS
+    assert difference <= 1
+
+
+def test_two_compiles_give_the_same_bytes(bundle: Path, twin_bundle: Path) -> None:
+    def content(root: Path) -> dict[str, bytes]:
+        return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+    ours, twin = content(bundle), content(twin_bundle)
+    assert ours.keys() == twin.keys()
+    assert [name for name in ours if ours[name] != twin[name]] == []
+
+
+def test_a_video_is_made(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
     video = tmp_path / "clip.mp4"
-    done = _movdc(
-        "run", bundle, "--prompt", "a red circle moving down on a black background", "-o", video, "--steps", 2
-    )
+    done = movdc("run", bundle, "--prompt", "a red circle moving down on a black background", "-o", video, "--steps", 2)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert video.stat().st_size > 1000
-    assert video.with_suffix(".png").stat().st_size > 1000
+    assert video.read_bytes()[4:8] == b"ftyp"
+    assert video.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("damage", ["truncate", "flip", "remove", "link"])
-def test_every_damaged_file_is_refused_by_name(bundle: Path, tmp_path: Path, damage: str) -> None:
-    names = [file.path for file in Bundle.read(bundle).manifest.files]
-    for name in ["bundle.json", *names]:
-        copy = tmp_path / "copy"
-        shutil.copytree(bundle, copy)
-        path = copy / name
-        data = path.read_bytes()
-        path.unlink()
-        if damage == "truncate":
-            path.write_bytes(data[:-1])
-        elif damage == "flip":
-            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-        elif damage == "link":
-            path.symlink_to(bundle / name)
-        with pytest.raises(Exception, match=name) as caught:  # reading or opening may refuse
-            Executor(Bundle.read(copy))
-        assert type(caught.value).__name__ == "BundleError"
-        shutil.rmtree(copy)
+def test_another_seed_and_another_prompt_give_other_latents(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
+    made = []
+    for seed, colour in ((8, "red"), (8, "red"), (9, "red"), (8, "blue")):
+        latents = tmp_path / "latents.npy"
+        prompt = f"a {colour} circle moving down on a black background"
+        options = ["--seed", seed, "--steps", 2, "--save-latents", latents]
+        done = movdc("run", bundle, "--prompt", prompt, "-o", tmp_path / "clip.mp4", *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        made.append(np.load(latents))
+    assert np.array_equal(made[0], made[1])
+    assert not np.array_equal(made[0], made[2])
+    assert not np.array_equal(made[0], made[3])
+
+
+def test_the_videos_show_what_the_prompts_name(bundle: Path) -> None:
+    right = adherence.score(bundle, PROMPTS, seed=0)
+    print(right)
+    assert set(right) == {"colour", "background", "shape"}
+    assert min(right.values()) >= MIN_RIGHT
