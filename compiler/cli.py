@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import sys
 import time
@@ -21,6 +22,7 @@ from movdc.compiler.errors import MovdcError
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
+from movdc.runtime.sampler import Trajectory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -116,8 +118,19 @@ def run(
         np.save(save_latents, result.latents)
     write_mp4(out, result.frames, fps)
     write_contact_sheet(out.with_suffix(".png"), result.frames, fps, prompt)
+    _print_trajectory(result.trajectory)
     parts = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     console.print(f"{out} and {out.with_suffix('.png')}: {parts}; {time.perf_counter() - start:.1f} s in all")
+
+
+def _print_trajectory(trajectory: Trajectory) -> None:
+    """How many evaluations the sampler made, where it leapt, and how straight its way was at each step."""
+    leap = ""
+    if trajectory.leap_step is not None and trajectory.sigma is not None:
+        leap = f"; step {trajectory.leap_step} leapt over the {trajectory.sigma:.3f} of time that was left"
+    console.print(f"{trajectory.evaluations} evaluations of the denoiser{leap}", highlight=False)
+    cosines = " ".join("-" if math.isnan(cosine) else f"{cosine:.4f}" for cosine in trajectory.cosines)
+    console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -11,12 +11,14 @@ from movdc.compiler.errors import MovdcError
 from movdc.compiler.pass_base import Pass
 from movdc.passes.canonicalize import Canonicalize
 from movdc.passes.conv3d_to_conv2d import Conv3dToConv2d
+from movdc.passes.leap import Leap
 from movdc.passes.partition import Partition
 from movdc.passes.share_templates import ShareTemplates
 
 # Every pass, in the order in which they run, in phases.
 PHASES: dict[str, tuple[type[Pass], ...]] = {
     "operators": (Canonicalize, Conv3dToConv2d),
+    "sampler": (Leap,),
     "partitions": (Partition, ShareTemplates),
 }
 # The passes of every compile; the others run when the YAML or --passes names them.

@@ -125,20 +125,30 @@ class Stage(_Record):
     variants: dict[str, Variant]
 
 
-class Leap(_Record):
-    """The rule by which a unit goes from the time of one step straight to t = 0: z += v * t (runtime/sampler.py)."""
+class LeapRule(_Record):
+    """When a unit goes from the time of one step straight to t = 0, by that step's drift (runtime/sampler.py)."""
 
     mode: Literal["fixed", "dynamic"]
-    # fixed: the step of each unit that leaps, from 0; None is half of the unit's steps, rounded down. A unit that
-    # has no more than step + 1 steps is denoised as if there were no leap.
+    # fixed: the step that leaps, from 0 in each unit; None is half of the unit's steps, rounded down, whatever their
+    # number is in the run. In a unit that it is the last step of, or that has no such step, nothing is left out.
     step: int | None = Field(default=None, ge=0)
-    # dynamic: the first step whose drift is compared with that of the step before; None is half, rounded up.
+    # dynamic: the first step whose drift counts as compared with the one before; None is half, rounded up.
     min_steps: int | None = Field(default=None, ge=1)
-    tol: float = Field(default=1e-4, ge=0)  # dynamic: a similarity is better if it exceeds the best by more than this
-    patience: int = Field(default=3, ge=1)  # dynamic: the step of this many similarities in a row not better leaps
-    # dynamic: cosine over all elements, or the mean over the rows of the first channel of the first frame
+    # dynamic: a cosine is better if it exceeds the best by more than this
+    tol: float = Field(default=1e-4, ge=0, allow_inf_nan=False)
+    patience: int = Field(default=3, ge=1)  # dynamic: the step with this many cosines in a row not better leaps
+    # dynamic: the cosine over all elements, or the mean of those of the rows of the first channel of the first frame
     metric: Literal["all", "first_frame_rows"] = "all"
-    best: float | None = None  # dynamic: the best similarity before the first; None lets any first one be better
+    # dynamic: the best cosine before the first that counts; None lets any first one be better
+    best: float | None = Field(default=None, allow_inf_nan=False)
+
+    def fixed_step(self, steps: int) -> int:
+        """The step that leaps in a unit of so many steps, by a fixed rule."""
+        return steps // 2 if self.step is None else self.step
+
+    def first_compared(self, steps: int) -> int:
+        """The first step that counts in a unit of so many steps, by a dynamic rule."""
+        return (steps + 1) // 2 if self.min_steps is None else self.min_steps
 
 
 class Sampler(_Record):
@@ -151,7 +161,7 @@ class Sampler(_Record):
     # Pyramidal Flow one for each (temporal unit, stage).
     units: tuple[Annotated[int, Field(ge=1)], ...] = Field(min_length=1)
     merged_steps: int = Field(default=0, ge=0)  # the first steps of each unit that run the variant "merged"
-    leap: Leap | None = None
+    leap: LeapRule | None = None
     shift: float = Field(gt=0)  # r of t' = r t / (1 + (r - 1) t)
     rounded: bool  # timesteps rounded to integers before the shift
     guidance: float

@@ -12,7 +12,7 @@ import numpy as np
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
 from movdc.runtime.prompt import prepare, tokenize
-from movdc.runtime.sampler import initial_noise, sample
+from movdc.runtime.sampler import Trajectory, initial_noise, sample
 from movdc.runtime.video import Frames, to_frames
 
 Array = np.ndarray[Any, Any]
@@ -36,6 +36,7 @@ class Result:
     latents: Array  # [1, C, T, H, W] fp32
     frames: Frames  # [N, H, W, 3] uint8
     seconds: dict[str, float]  # wall time by stage
+    trajectory: Trajectory  # of the sampler
     dropped_tokens: int  # of a prompt that was too long
 
 
@@ -44,6 +45,7 @@ class Generator:
 
     def __init__(self, bundle: Bundle, executor: StageRunner) -> None:
         self._manifest = bundle.manifest
+        self._denoiser_variants = bundle.stages["denoiser"].variants
         self._executor = executor
 
     def generate(
@@ -57,7 +59,9 @@ class Generator:
     ) -> Result:
         """Make one video; raises RunError for a prompt or noise that cannot be used."""
         manifest, run = self._manifest, self._executor.run
-        sampler = manifest.sampler.model_copy(update={} if steps is None else {"units": (steps,)})
+        sampler = manifest.sampler
+        if steps is not None:
+            sampler = sampler.model_copy(update={"units": (steps,) * len(sampler.units)})
         noise = initial_noise(seed, sampler.latent) if noise is None else _checked_noise(noise, sampler.latent)
         tokenizer_json = self._executor.read_file(manifest.prompt.tokenizer)
         tokens = tokenize(prepare(text, manifest.prompt), manifest.prompt, tokenizer_json)
@@ -70,18 +74,19 @@ class Generator:
         on_progress("text_encoder", 1, 1)
         seconds["text_encoder"] = time.perf_counter() - start
 
-        def denoise(z: Array, timestep: Array) -> Array:
+        def denoise(z: Array, timestep: Array, step: int) -> Array:
+            merged = step < sampler.merged_steps and "merged" in self._denoiser_variants
             inputs = {"latents": z, "timestep": timestep, "text": states, "text_mask": text_mask}
-            return run("denoiser", "plain", inputs)["velocity"]
+            return run("denoiser", "merged" if merged else "plain", inputs)["velocity"]
 
         start = time.perf_counter()
-        latents = sample(denoise, noise, sampler, lambda done, total: on_progress("denoiser", done, total))
+        latents, trajectory = sample(denoise, noise, sampler, lambda done, total: on_progress("denoiser", done, total))
         seconds["denoiser"] = time.perf_counter() - start
 
         start = time.perf_counter()
         pixels = self._decode(latents, on_progress)
         seconds["vae"] = time.perf_counter() - start
-        return Result(latents, to_frames(pixels), seconds, tokens.dropped)
+        return Result(latents, to_frames(pixels), seconds, trajectory, tokens.dropped)
 
     def _decode(self, latents: Array, on_progress: Progress) -> Array:
         """Pixels [N, 3, H, W] fp32: chunks in time, then micro-batches of frames."""

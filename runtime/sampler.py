@@ -1,16 +1,65 @@
-"""The sampler: first-order rectified flow with classifier-free guidance, in fp32 (arXiv 2209.03003)."""
+"""The sampler: first-order rectified flow with classifier-free guidance, in fp32 (arXiv 2209.03003).
+
+z goes from noise at t = 1 to data at t = 0 by z += drift * dt, dt > 0. Where the drift has stopped turning, all the
+steps that are left add up to one of length t: a *leap* (arXiv 2502.04363, section 4). A fixed rule names its step; a
+dynamic one watches the cosine of successive drifts and leaps when it has stopped growing.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from movdc.runtime.bundle import Sampler
+from movdc.runtime.bundle import LeapRule, Sampler
 from movdc.runtime.errors import RunError
 
 Array = np.ndarray[Any, np.dtype[np.float32]]
+
+DRIFT_SIGNS = {"rectified_flow": 1.0, "flow_match": -1.0}  # prediction -> what makes it data - noise
+NO_LENGTH = 1e-12  # a drift shorter than this has no direction, and counts as straight
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """The way that one run took from noise to data."""
+
+    evaluations: int  # of the denoiser
+    leap_step: int | None  # from 0; None if every step was taken
+    sigma: float | None  # the time in (0, 1] that the leap left out
+    cosines: tuple[
+        float, ...
+    ]  # of the drift of each evaluation with the one before; NaN where there is none to compare
+
+
+class _Watch:
+    """Whether to leap now, asked once a step; one is made for each run, so that nothing is left of the last."""
+
+    def __init__(self, rule: LeapRule | None, steps: int) -> None:
+        self._rule = rule
+        self._steps = steps
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget the cosines so far."""
+        self._best = -math.inf if self._rule is None or self._rule.best is None else self._rule.best
+        self._worse = 0  # cosines in a row that were not better
+
+    def leaps(self, step: int, cosine: float) -> bool:
+        """Whether this step, whose drift has this cosine with the one before, goes to t = 0."""
+        rule = self._rule
+        if rule is None or rule.mode == "fixed":
+            return rule is not None and step == rule.fixed_step(self._steps)
+        if math.isnan(cosine) or step < rule.first_compared(self._steps):
+            return False
+        if cosine > self._best + rule.tol:
+            self._best, self._worse = cosine, 0
+        else:
+            self._worse += 1
+        return self._worse == rule.patience
 
 
 def timesteps(sampler: Sampler) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -28,26 +77,56 @@ def initial_noise(seed: int, shape: tuple[int, ...]) -> Array:
     return np.random.Generator(np.random.PCG64(seed)).standard_normal(shape, dtype=np.float32)
 
 
+def drift_cosine(drift: Array, before: Array, rule: LeapRule | None = None) -> float:
+    """Cosine in [-1, 1] of two drifts [C, T, H, W], by the rule's metric; over all elements without a rule."""
+    by_rows = rule is not None and rule.metric == "first_frame_rows"
+    rows = [(one[0, 0] if by_rows else one.reshape(1, -1)).astype(np.float64) for one in (drift, before)]
+    lengths = [np.linalg.norm(one, axis=-1) for one in rows]
+    straight = np.minimum(*lengths) < NO_LENGTH
+    products = np.sum(rows[0] * rows[1], axis=-1) / np.where(straight, 1.0, lengths[0] * lengths[1])
+    return float(np.mean(np.where(straight, 1.0, np.clip(products, -1.0, 1.0))))
+
+
 def sample(
-    denoise: Callable[[Array, Array], Array],
+    denoise: Callable[[Array, Array, int], Array],
     noise: Array,
     sampler: Sampler,
     on_step: Callable[[int, int], None] | None = None,
-) -> Array:
-    """Latents [1, C, T, H, W] fp32 from noise; `denoise(z, timestep [1])` gives velocities [2, C, T, H, W].
+) -> tuple[Array, Trajectory]:
+    """Latents [1, C, T, H, W] fp32 from noise; `denoise(z, timestep [1], step)` gives velocities [2, C, T, H, W].
 
-    Row 0 of the velocities is for the caption, row 1 for the null caption; raises RunError when one is not finite.
+    Row 0 of the velocities is for the caption, row 1 for the null caption; raises RunError when one is not finite, and
+    for a sampler that is not of one unit, first order, and rectified flow or flow matching.
     """
-    schedule = timesteps(sampler)
-    steps = len(schedule)
-    z = noise
-    for index, t in enumerate(schedule):
-        conditional, null = denoise(z, np.array([t], np.float32))
-        velocity = null + np.float32(sampler.guidance) * (conditional - null)
-        if not np.isfinite(velocity).all():
-            raise RunError(f"step {index} of {steps}: the denoiser gave a velocity that is not finite")
-        following = schedule[index + 1] if index + 1 < steps else 0.0
-        z = z + velocity[None] * np.float32((t - following) / 1000)
+    _check(sampler)
+    rule, steps = sampler.leap, sampler.units[0]
+    schedule = np.append(timesteps(sampler), 0.0)
+    watch = _Watch(rule, steps)
+    z, before, cosines = noise, None, []
+    for step in range(steps):
+        conditional, null = denoise(z, schedule[step : step + 1].astype(np.float32), step)
+        drift = null + np.float32(sampler.guidance) * (conditional - null)
+        drift = drift * np.float32(DRIFT_SIGNS[sampler.prediction])
+        if not np.isfinite(drift).all():
+            raise RunError(f"step {step} of {steps}: the denoiser gave a velocity that is not finite")
+        if step == sampler.merged_steps:  # the plain variant's drift differs anyhow, which would cost patience
+            before = None
+            watch.restart()
+        cosines.append(math.nan if before is None else drift_cosine(drift, before, rule))
+        leaps = step + 1 < steps and watch.leaps(step, cosines[-1])  # the last step ends at t = 0 in any case
+        end = 0.0 if leaps else schedule[step + 1]
+        z = z + drift[None] * np.float32((schedule[step] - end) / 1000)
+        before = drift
         if on_step is not None:
-            on_step(index + 1, steps)
-    return z
+            on_step(step + 1, step + 1 if leaps else steps)
+        if leaps:
+            return z, Trajectory(step + 1, step, float(schedule[step]) / 1000, tuple(cosines))
+    return z, Trajectory(steps, None, None, tuple(cosines))
+
+
+def _check(sampler: Sampler) -> None:
+    kind = f"{sampler.solver} with {sampler.prediction}"
+    if sampler.solver != "euler" or sampler.prediction not in DRIFT_SIGNS:
+        raise RunError(f"the bundle's sampler is {kind}; this movdc runs euler with {' or '.join(DRIFT_SIGNS)}")
+    if len(sampler.units) != 1:
+        raise RunError(f"the bundle's sampler has {len(sampler.units)} units of steps; this movdc runs one")

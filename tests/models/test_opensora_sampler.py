@@ -12,10 +12,11 @@ from transformers import T5Config
 from movdc.compiler.spec import load_spec
 from movdc.models.opensora import Denoiser, TextEncoder, timestep_shift
 from movdc.models.stdit3 import STDiT3Config
-from movdc.runtime.bundle import Sampler
+from movdc.runtime.bundle import LeapRule, Sampler
 from movdc.runtime.sampler import sample
 
 MAX_RELATIVE_ERROR = 1e-4  # thirty steps add up what one step may differ by
+MAX_COSINE_ERROR = 1e-4
 
 
 def _read(model: torch.nn.Module, folder: Path) -> None:
@@ -48,12 +49,24 @@ def test_sampling_repeats_the_recorded_latents(item: int, tiny_checkpoint: Path,
     with torch.no_grad():
         text = encoder(recorded["input_ids"][None].long(), mask)
 
-        def denoise(z: np.ndarray, timestep: np.ndarray) -> np.ndarray:
-            return denoiser(torch.from_numpy(z), torch.from_numpy(timestep), text, mask).numpy()
+        evaluated: dict[bytes, np.ndarray] = {}  # the run with a leap begins as the other does
 
-        latents = sample(denoise, recorded["noise"][None].numpy(), sampler)[0]
+        def denoise(z: np.ndarray, timestep: np.ndarray, step: int) -> np.ndarray:
+            key = z.tobytes() + timestep.tobytes()
+            if key not in evaluated:
+                evaluated[key] = denoiser(torch.from_numpy(z), torch.from_numpy(timestep), text, mask).numpy()
+            return evaluated[key]
 
-    expected = recorded["final_latents"].numpy()
-    error = np.linalg.norm(latents - expected) / np.linalg.norm(expected)
-    print(f"relative L2 {error:.1e}")
-    assert error <= MAX_RELATIVE_ERROR
+        noise = recorded["noise"][None].numpy()
+        latents, trajectory = sample(denoise, noise, sampler)
+        leap = sampler.model_copy(update={"leap": LeapRule(mode="fixed")})
+        leapt, leap_trajectory = sample(denoise, noise, leap)
+
+    for name, made in (("final_latents", latents), ("leap15_latents", leapt)):
+        expected = recorded[name].numpy()
+        error = np.linalg.norm(made[0] - expected) / np.linalg.norm(expected)
+        print(f"{name}: relative L2 {error:.1e}")
+        assert error <= MAX_RELATIVE_ERROR
+    np.testing.assert_allclose(trajectory.cosines[1:], recorded["velocity_cosine"], atol=MAX_COSINE_ERROR)
+    assert leap_trajectory.leap_step == 15
+    assert len(evaluated) == 30
