@@ -21,8 +21,8 @@ _NO_OPS = {aten._assert_tensor_metadata.default}
 _IDENTITY = {aten.dropout.default, aten.alias.default, aten.contiguous.default, aten.clone.default, aten.detach.default}
 _VIEWS = {aten.view.default, aten._unsafe_view.default}
 VIEWS = _VIEWS | {
-    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default, aten.squeeze.dim,
-    aten.expand.default, aten.slice.Tensor,
+    aten.reshape.default, aten.permute.default, aten.transpose.int, aten.t.default, aten.unsqueeze.default,
+    aten.squeeze.dim, aten.expand.default, aten.slice.Tensor,
 }  # fmt: skip
 _CONVERSIONS = {aten.to.dtype, aten.to.device, aten.to.dtype_layout, aten._to_copy.default}
 
@@ -81,6 +81,25 @@ def _drop_no_ops(graph: fx.Graph) -> None:
         elif node.target in _VIEWS:
             # Strides are nobody's business here: a value is contiguous whenever it crosses a cut.
             node.target = aten.reshape.default
+
+
+def insert_after(node: fx.Node) -> Callable[..., fx.Node]:
+    """A function that adds calls behind a node, one after the other, with its history and their own values.
+
+    They are named after the node, so that variants of a stage that share it have equal names.
+    """
+    last = node
+
+    def call(target: torch._ops.OpOverload, *arguments: object) -> fx.Node:
+        nonlocal last
+        with node.graph.inserting_after(last):
+            name = f"{node.name}_{target._opname}"
+            last = node.graph.create_node("call_function", target, arguments, name=name)
+        last.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        last.meta["val"] = target(*fx.map_arg(arguments, lambda argument: argument.meta["val"]))
+        return last
+
+    return call
 
 
 def erase_unused(graph: fx.Graph, weights: Mapping[str, WeightRef]) -> dict[str, WeightRef]:

@@ -8,11 +8,11 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from movdc.compiler.dead_rows import drop_dead_rows
 from movdc.compiler.folded import FoldedSource
 from movdc.compiler.pass_base import Pass, PassResult
 from movdc.compiler.program import Graph, Program, value_of
 from movdc.compiler.trace import VIEWS, erase_unused
-from movdc.compiler.dead_rows import drop_dead_rows
 
 aten = torch.ops.aten
 MASKED_SCORE = -1e9  # exp() of it is exactly 0 in fp32, and no sum of two overflows to -inf

@@ -10,6 +10,7 @@ from torch import fx
 
 from movdc.compiler.pass_base import Pass, PassResult
 from movdc.compiler.program import Graph, Program, value_of
+from movdc.compiler.trace import insert_after
 from movdc.compiler.weights import Transform, WeightRef
 
 aten = torch.ops.aten
@@ -29,6 +30,8 @@ class Conv3dToConv2d(Pass):
 
     name: ClassVar[str] = "conv3d-to-conv2d"
     exact: ClassVar[bool] = True
+    # Merging traces the stage again and aligns the two traces, so the plain one must still be as traced.
+    after: ClassVar[tuple[str, ...]] = ("merge-tokens",)
 
     def apply(self, program: Program) -> PassResult:
         """Rewrite every convolution that qualifies."""
@@ -70,8 +73,7 @@ def _rewrite(graph: Graph, names: list[str]) -> Graph:
             weights[weight.name] = _as_2d(weights[weight.name], kernel)
             weight.meta["val"] = kernel.permute(0, 2, 1, 3, 4).flatten(1, 2).contiguous()
             weight.meta["taps"] = int(kernel.shape[2])
-        with copied.inserting_before(node):
-            node.replace_all_uses_with(_conv2d(copied, node, weight.meta["taps"]))
+        node.replace_all_uses_with(_conv2d(node, weight.meta["taps"]))
         copied.erase_node(node)
     copied.lint()
     return replace(graph, graph=copied, weights=weights)
@@ -84,16 +86,9 @@ def _as_2d(reference: WeightRef, kernel: torch.Tensor) -> WeightRef:
     )
 
 
-def _conv2d(graph: fx.Graph, node: fx.Node, taps: int) -> fx.Node:
+def _conv2d(node: fx.Node, taps: int) -> fx.Node:
     x, weight, bias, stride, padding, *_ = _settings(node)
-
-    def call(target: Any, *arguments: Any) -> fx.Node:
-        created = graph.call_function(target, arguments)
-        values = fx.map_arg(arguments, lambda argument: argument.meta["val"])
-        created.meta = {key: value for key, value in node.meta.items() if key != "val"}
-        created.meta["val"] = target(*values)
-        return created
-
+    call = insert_after(node)
     batch, _, _, height, width = (int(size) for size in value_of(x).shape)
     _, out_channels, out_frames, out_height, out_width = (int(size) for size in value_of(node).shape)
     frames_first = call(aten.permute.default, x, [0, 2, 1, 3, 4])  # [B, T, C, H, W]

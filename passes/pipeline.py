@@ -9,20 +9,29 @@ from typing import Any
 
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.pass_base import Pass
+from movdc.passes.attention_to_bmm import AttentionToBmm
 from movdc.passes.canonicalize import Canonicalize
 from movdc.passes.conv3d_to_conv2d import Conv3dToConv2d
 from movdc.passes.leap import Leap
 from movdc.passes.partition import Partition
 from movdc.passes.share_templates import ShareTemplates
+from movdc.passes.split_to_slices import SplitToSlices
 
 # Every pass, in the order in which they run, in phases.
 PHASES: dict[str, tuple[type[Pass], ...]] = {
-    "operators": (Canonicalize, Conv3dToConv2d),
+    "operators": (Canonicalize, SplitToSlices, AttentionToBmm, Conv3dToConv2d),
     "sampler": (Leap,),
     "partitions": (Partition, ShareTemplates),
 }
 # The passes of every compile; the others run when the YAML or --passes names them.
-DEFAULT: tuple[type[Pass], ...] = (Canonicalize, Conv3dToConv2d, Partition, ShareTemplates)
+DEFAULT: tuple[type[Pass], ...] = (
+    Canonicalize,
+    SplitToSlices,
+    AttentionToBmm,
+    Conv3dToConv2d,
+    Partition,
+    ShareTemplates,
+)
 
 PASSES: dict[str, type[Pass]] = {one.name: one for phase in PHASES.values() for one in phase}
 PHASE_OF: dict[str, str] = {one.name: phase for phase, some in PHASES.items() for one in some}
