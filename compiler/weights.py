@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from movdc.compiler.errors import MovdcError
+from movdc.compiler.int8 import channel_scales, to_int8
 
 
 class Source(Protocol):
@@ -33,20 +34,28 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class Transform:
-    """A change of layout done when the tensor is read."""
+    """A change of layout or type done when the tensor is read."""
 
-    op: Literal["permute", "reshape", "rows"]
-    args: tuple[int, ...]  # of rows: (period, low, high) keeps the rows r with low <= r % period < high
+    op: Literal["permute", "reshape", "rows", "int8", "int8-scale"]
+    args: tuple[int, ...] = ()  # of rows: (period, low, high) keeps the rows r with low <= r % period < high
 
     def __str__(self) -> str:
-        return f"{self.op}[{','.join(map(str, self.args))}]"
+        return f"{self.op}[{','.join(map(str, self.args))}]" if self.args else self.op
 
     def apply(self, tensor: Tensor) -> Tensor:
         """The transformed tensor (of data or fake)."""
         if self.op == "rows":
             period, low, high = self.args
             return tensor.reshape(-1, period, *tensor.shape[1:])[:, low:high].flatten(0, 1)
+        if self.op == "int8":
+            return to_int8(tensor)
+        if self.op == "int8-scale":
+            return channel_scales(tensor)
         return tensor.permute(self.args) if self.op == "permute" else tensor.reshape(self.args)
+
+
+INT8 = Transform("int8")
+INT8_SCALE = Transform("int8-scale")
 
 
 @dataclass(frozen=True)
@@ -63,6 +72,10 @@ class WeightRef:
         """The same tensor with more transforms after those it has."""
         return replace(self, transforms=self.transforms + transforms)
 
+    def without_last(self) -> WeightRef:
+        """The same tensor without its last transform."""
+        return replace(self, transforms=self.transforms[:-1])
+
     def read(self) -> Tensor:
         """The data, contiguous, in fp32 where it is floating point."""
         tensor = self.source.read(self.key)
@@ -72,6 +85,23 @@ class WeightRef:
 
     def __str__(self) -> str:
         return " ".join([f"{self.source.label}:{self.key}", *map(str, self.transforms)])
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """The zero points of symmetric int8 values, of as many channels as the key says; no target stores them."""
+
+    label = "zeros"
+
+    def refs(self) -> Mapping[str, WeightRef]:
+        return {}
+
+    def ref(self, channels: int) -> WeightRef:
+        """As many zeros; int32, because pieces read such integers when they are lowered, and int8 are weights."""
+        return WeightRef(self, str(channels), (channels,), torch.int32)
+
+    def read(self, key: str) -> Tensor:
+        return torch.zeros(int(key), dtype=torch.int32)
 
 
 class SafetensorsSource:

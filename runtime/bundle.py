@@ -202,6 +202,14 @@ class Video(_Record):
     fps: int
 
 
+class LayerError(_Record):
+    """What quantizing one tensor lost, to be read by people: nothing at run time depends on it."""
+
+    stage: str
+    key: str  # the tensor's name in the checkpoint
+    sqnr_db: float = Field(allow_inf_nan=False)  # 10 log10(sum w^2 / sum (w - restored w)^2)
+
+
 class Manifest(_Record):
     """bundle.json."""
 
@@ -220,6 +228,7 @@ class Manifest(_Record):
     weights: tuple[WeightsFile, ...]
     files: tuple[File, ...]
     spec: dict[str, Any]  # the resolved YAML, for people
+    quantization: tuple[LayerError, ...] = ()  # of each quantized tensor, the worst first
     pipeline: str  # the passes that ran, as they parse back
     versions: dict[str, str]
 

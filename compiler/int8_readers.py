@@ -1,0 +1,77 @@
+"""What reads int8 weights, in the operators that targets recognise: products (linear, convolution) and row lookups."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers the operators of quantized_decomposed
+from torch import fx
+
+from movdc.compiler.int8 import MAX_VALUE
+from movdc.compiler.program import Graph, value_of
+
+aten = torch.ops.aten
+quantized = torch.ops.quantized_decomposed
+_MIN_SCALE = torch.finfo(torch.float32).eps  # of an input of zeros; scales of tokens are held to it too
+
+
+def reader_kind(weight: fx.Node, user: fx.Node, graph: Graph) -> Literal["product", "lookup"] | None:
+    """How a node reads a weight that can be int8: as the matrix of a product, row by row, or None for any other way."""
+    if user.kwargs:
+        return None
+    if user.target is aten.embedding.default:
+        return "lookup" if user.args[0] is weight else None
+    if user.target not in (aten.linear.default, aten.conv2d.default):
+        return None
+    x, matrix, bias, *settings = (*user.args, None)[: max(3, len(user.args))]
+    grouped = len(settings) > 3 and settings[3] != 1
+    given = bias is None or bias.name in graph.weights
+    single = matrix is weight and weight not in (x, bias)
+    return "product" if single and given and not grouped and value_of(x).dim() > 1 else None
+
+
+def multiply_int8(product: fx.Node, weight: fx.Node, scale: fx.Node, zeros: fx.Node) -> None:
+    """Let a product read its weight as int8 and its input as int8 quantized when it comes.
+
+    Everything is put directly before the product, so that cuts can keep clear of it.
+    """
+    call = _calls_before(product)
+    x = product.args[0]
+    span = (-128, 127, torch.int8)
+    if product.target is aten.linear.default:
+        chosen = call(quantized.choose_qparams_per_token_asymmetric.default, x, torch.int8)
+        grid = (call(operator.getitem, chosen, 0), call(operator.getitem, chosen, 1), *span)
+        stored = call(quantized.quantize_per_token.default, x, *grid)
+        restored = call(quantized.dequantize_per_token.default, stored, *grid, torch.float32)
+    else:
+        chosen = call(quantized.choose_qparams.tensor, x, -128, 127, _MIN_SCALE, torch.int8)
+        grid = (call(operator.getitem, chosen, 0), call(operator.getitem, chosen, 1), *span)
+        stored = call(quantized.quantize_per_tensor.tensor, x, *grid)
+        restored = call(quantized.dequantize_per_tensor.tensor, stored, *grid)
+    matrix = call(quantized.dequantize_per_channel.default, weight, scale, zeros, 0, -MAX_VALUE, MAX_VALUE, torch.int8)
+    product.args = (restored, matrix, *product.args[2:])
+
+
+def look_up_int8(lookup: fx.Node, weight: fx.Node, scale: fx.Node) -> None:
+    """Let a lookup take int8 rows and restore only those; `scale` is [rows, 1]."""
+    call = _calls_before(lookup)
+    rows = call(aten.embedding.default, weight, *lookup.args[1:])
+    steps = call(aten.embedding.default, scale, *lookup.args[1:])
+    lookup.replace_all_uses_with(call(aten.mul.Tensor, call(aten.to.dtype, rows, torch.float32), steps))
+    lookup.graph.erase_node(lookup)
+
+
+def _calls_before(node: fx.Node) -> Callable[..., fx.Node]:
+    """A function that adds calls directly before a node, with its history and their own values."""
+
+    def call(target: Any, *arguments: Any) -> fx.Node:
+        with node.graph.inserting_before(node):
+            created = node.graph.call_function(target, arguments)
+        created.meta = {key: value for key, value in node.meta.items() if key != "val"}
+        created.meta["val"] = target(*fx.map_arg(arguments, lambda argument: argument.meta["val"]))
+        return created
+
+    return call
