@@ -3,25 +3,21 @@
 from __future__ import annotations
 
 import platform
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 
-from movdc.compiler.bundle_writer import BundleWriter, new_bundle
+from movdc.compiler.bundle_writer import new_bundle
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
+from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
-from movdc.compiler.pieces import Piece, split
 from movdc.compiler.printer import print_program
-from movdc.compiler.program import Graph, Program
-from movdc.compiler.schedule import check, sequential
+from movdc.compiler.program import Program
 from movdc.compiler.spec import SpecFile
-from movdc.compiler.target import Artifact, Target
-from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Stage, Variant, Video
-
-Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
+from movdc.compiler.target import Target
+from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Video
 
 
 def compile_bundle(
@@ -38,7 +34,7 @@ def compile_bundle(
     with new_bundle(out) as writer:
         program = _optimise(spec_file, family, machine, phases, dump, progress)
         _refuse(program, target)
-        stages, partitions = _lower(program, target, writer, progress)
+        stages, partitions = lower(program, target, writer, progress)
         writer.add_bytes(program.prompt.tokenizer, program.tokenizer_json)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -106,61 +102,3 @@ def _refuse(program: Program, target: Target) -> None:
         for node in graph.compute_nodes:
             if reason := target.refuse(node):
                 raise MovdcError(f"{stage}: {target.name} cannot run %{node.name} ({node.target}): {reason}")
-
-
-def _lower(
-    program: Program, target: Target, writer: BundleWriter, progress: Progress
-) -> tuple[tuple[Stage, ...], tuple[Partition, ...]]:
-    """Lower each template once and write the weights of every partition."""
-    pieces = {(stage, variant): split(graph) for stage, variant, graph in program.graphs()}
-    total = sum(len(some) for some in pieces.values())
-    lowered: dict[str, tuple[str, Artifact]] = {}
-    partitions: list[Partition] = []
-    stages = []
-    for stage in program.stages:
-        variants = {}
-        for variant, graph in stage.variants.items():
-            made = []
-            for index, piece in enumerate(pieces[stage.name, variant]):
-                progress("lower", len(partitions), total)
-                name = f"{stage.name}.{variant}.{index}"
-                template = graph.templates[index] if graph.templates else name
-                with tempfile.TemporaryDirectory(dir=writer.root) as folder:
-                    if template not in lowered:
-                        artifact = target.emit(piece, Path(folder))
-                        lowered[template] = writer.add_program(artifact.program), artifact
-                    made.append(_partition(name, piece, *lowered[template], target, writer, Path(folder)))
-                partitions.append(made[-1])
-            variants[variant] = _variant(graph, made, program.machine.budget_bytes)
-        stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
-    progress("lower", total, total)
-    return tuple(stages), tuple(partitions)
-
-
-def _partition(
-    name: str, piece: Piece, program: str, artifact: Artifact, target: Target, writer: BundleWriter, folder: Path
-) -> Partition:
-    weights = []
-    for group in dict.fromkeys(weight.group for weight in piece.weights):
-        path = folder / f"{group}{target.weights_suffix}"
-        if slots := artifact.slots_of(piece, group):
-            weights.append(writer.add_weights(path, target.write_weights(slots, path)))
-    return Partition(
-        name=name,
-        program=program,
-        weights=tuple(weights),
-        inputs=tuple(piece.tensor(node) for node in piece.inputs),
-        outputs=tuple(piece.tensor(node) for node in piece.outputs),
-        weight_bytes=piece.weight_bytes,
-        held_bytes=piece.weight_bytes,
-        load_bytes=int(target.load_copies * piece.weight_bytes),
-        working_bytes=piece.working_bytes,
-        flops=piece.flops,
-    )
-
-
-def _variant(graph: Graph, partitions: Sequence[Partition], budget_bytes: int) -> Variant:
-    schedule = sequential(partitions)
-    by_name = {partition.name: partition for partition in partitions}
-    peak_bytes = check(schedule, by_name, graph.inputs, graph.outputs, budget_bytes)
-    return Variant(inputs=graph.inputs, outputs=graph.outputs, schedule=schedule, peak_bytes=peak_bytes)

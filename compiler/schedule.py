@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from movdc.compiler.errors import InternalError
+from movdc.compiler.errors import BudgetError, InternalError
 from movdc.runtime.bundle import Instruction, Partition, TensorSpec
 
 
@@ -22,7 +22,7 @@ def check(
     outputs: Sequence[TensorSpec],
     budget_bytes: int,
 ) -> int:
-    """Replay a schedule and return its peak bytes; raises InternalError for the first rule it breaks.
+    """Replay a schedule and return its peak bytes; raises InternalError (BudgetError) for the first rule it breaks.
 
     Each run follows its load, no tensor is read before it is made or after its last use, what is loaded is freed, the
     outputs exist at the end, and the bytes held at every instruction are within the budget.
@@ -60,7 +60,11 @@ def check(
                     del tensors[spec.name]
         peak_bytes = max(peak_bytes, now_bytes)
         if now_bytes > budget_bytes:
-            raise InternalError(f"{where}: holds {now_bytes} bytes, the budget is {budget_bytes}")
+            raise BudgetError(
+                step.partition.split(".")[0],
+                f"{where} holds {now_bytes} bytes, the budget is {budget_bytes}; "
+                "run the pass partition, or raise memory_budget",
+            )
     if missing := [spec.name for spec in outputs if spec.name not in tensors]:
         raise InternalError(f"outputs {', '.join(missing)} do not exist at the end")
     if loaded:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from movdc.compiler.errors import InternalError
+from movdc.compiler.errors import BudgetError, InternalError
 from movdc.compiler.schedule import check, sequential
 from movdc.runtime.bundle import Instruction, Partition, TensorSpec
 
@@ -57,5 +57,5 @@ def test_a_broken_schedule_is_refused(schedule: str, message: str) -> None:
 
 
 def test_a_budget_that_is_exceeded_is_named() -> None:
-    with pytest.raises(InternalError, match="the budget is 2199"):
+    with pytest.raises(BudgetError, match="the budget is 2199"):
         check(sequential(list(PARTITIONS.values())), PARTITIONS, INPUTS, OUTPUTS, 2199)

@@ -64,7 +64,7 @@ def _operators(graph: Graph) -> list[str]:
     ],
     ids=["plain", "masked", "scaled-and-a-product"],
 )
-def test_rewrites_to_the_same_numbers(
+def test_rewrites_to_the_same_numbers_and_modified_is_honest(
     module: nn.Module,
     inputs: dict[str, Tensor],
     graph_of: Callable[..., Graph],

@@ -41,7 +41,7 @@ def _operators(graph: Graph) -> list[str]:
 
 
 @pytest.mark.parametrize("module", [Chunks(), Uneven()], ids=["chunks", "uneven"])
-def test_rewrites_to_the_same_numbers(
+def test_rewrites_to_the_same_numbers_and_modified_is_honest(
     module: nn.Module,
     graph_of: Callable[..., Graph],
     program_of: Callable[..., Program],
