@@ -33,8 +33,9 @@ class TokenLayout:
     """How a graph arranges video tokens: what merging frames needs to know, as the family declares it.
 
     Tokens are [B, T, S, C] where they enter and leave an attention, T latent frames of S patches. `attentions` and
-    `mlps` are patterns (fnmatch) of module paths as nn_module_stack names them. `frame_mask` is False on frames held
-    as condition, None if every frame is denoised. `retrace` traces the same stage with another number of frames.
+    `mlps` are patterns (fnmatch) of module paths as nn_module_stack names them. `retrace` traces the same stage with
+    another number of frames. `frame_mask` is False on frames held as condition, None if every frame is denoised;
+    `frame_mask_input` names the stage input that says so where only the run knows.
     """
 
     frames: int
@@ -42,6 +43,8 @@ class TokenLayout:
     mlps: tuple[str, ...]
     retrace: Callable[[int], Graph]
     frame_mask: tuple[bool, ...] | None = None
+    frame_mask_input: str | None = None
+    merged_by: str = ""  # on a merged variant: the pass that made it, with its options
 
 
 @dataclass(frozen=True)
@@ -89,6 +92,11 @@ class Stage:
     name: str
     cadence: Literal["once", "per_step", "per_chunk"]
     variants: Mapping[str, Graph]
+
+    @property
+    def layout(self) -> TokenLayout | None:
+        """How the plain variant arranges video tokens, where the family says so."""
+        return self.variants["plain"].layout if "plain" in self.variants else None
 
 
 @dataclass(frozen=True)
