@@ -23,6 +23,7 @@ MODES: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
         (),
     ),
 }
+MIN_PSNR_DB = 35  # with a leap at half of the steps or later; the worst of 48 clips had 39
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Leap(Pass):
 
     name: ClassVar[str] = "leap"
     exact: ClassVar[bool] = False
-    figure: ClassVar[str] = "PSNR >= 35 dB of the example's frames, leap at half of the steps against every step"
+    figure: ClassVar[str] = f"PSNR >= {MIN_PSNR_DB} dB of the example's frames against those of every step"
     paper: ClassVar[str] = "arXiv 2502.04363, section 4"
 
     mode: Literal["fixed", "dynamic", "reference"] = "fixed"

@@ -2,22 +2,27 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from torch import nn
 
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Graph, Program, TokenLayout
-from movdc.passes.leap import Leap, evaluations, first_leap
+from movdc.passes.leap import MIN_PSNR_DB, Leap, evaluations, first_leap
 from movdc.passes.pipeline import parse_pipeline
 from movdc.runtime.bundle import LeapRule, Sampler
-from movdc.runtime.sampler import initial_noise, sample
+from movdc.runtime.sampler import Array, initial_noise, sample
+from movdc.runtime.video import to_frames
 
+TINY = Path(__file__).parents[1] / "golden" / "tiny"
 LATENT = (1, 4, 10, 8, 8)
 
 # 8 temporal units of one latent frame, each of 3 stages of growing resolution; the first unit takes more steps.
@@ -189,3 +194,42 @@ def test_the_runtime_leaps_when_the_plan_says(steps: int, rule: LeapRule) -> Non
         assert rule.best == 0.0 or earliest > steps - 2
     else:
         assert trajectory.leap_step == earliest + (rule.mode == "dynamic" and rule.best == 0.0)
+
+
+@pytest.mark.slow
+def test_the_frames_of_the_example_are_within_the_figure(
+    example_program: Program, run_graph: Callable[..., list[torch.Tensor]]
+) -> None:
+    recorded = load_file(TINY / "golden_1.safetensors")
+    graphs = {(stage, variant): graph for stage, variant, graph in example_program.graphs()}
+    text, mask = recorded["text_embedding"][None], recorded["attention_mask"][None].float()
+    evaluated: dict[bytes, Array] = {}  # all runs begin alike
+
+    def denoise(z: Array, t: Array, step: int) -> Array:
+        if z.tobytes() not in evaluated:
+            inputs = {"latents": torch.from_numpy(z), "timestep": torch.from_numpy(t), "text": text, "text_mask": mask}
+            evaluated[z.tobytes()] = run_graph(graphs["denoiser", "plain"], **inputs)[0].numpy()
+        return evaluated[z.tobytes()]
+
+    def decode(latents: Array) -> np.ndarray[Any, Any]:
+        decode = example_program.decode
+        parts = torch.from_numpy(latents).split([chunk.latent_frames for chunk in decode.chunks], dim=2)
+        chunks = [
+            run_graph(graphs["vae_temporal", chunk.variant], latents=part)[0]
+            for chunk, part in zip(decode.chunks, parts, strict=True)
+        ]
+        frames = torch.cat(chunks, dim=2)[0].transpose(0, 1)
+        padded = torch.cat([frames, frames[:2]])  # 34 frames to a whole number of micro-batches
+        batches = padded.split(decode.micro_batch_frames)
+        pixels = torch.cat([run_graph(graphs["vae_spatial", "plain"], frames=batch)[0] for batch in batches])
+        return to_frames(pixels[: len(frames)].numpy())
+
+    noise = recorded["noise"][None].numpy()
+    for pass_ in (Leap(), Leap(mode="dynamic"), Leap(mode="reference")):
+        latents, trajectory = sample(denoise, noise, pass_(example_program).program.sampler)
+        assert trajectory.leap_step is not None
+        assert trajectory.leap_step >= 15
+        error = decode(latents).astype(np.float64) - recorded["frames"].numpy()
+        psnr_db = 10 * np.log10(255**2 / np.mean(error**2))
+        print(f"{pass_}: {trajectory.evaluations} evaluations, {psnr_db:.1f} dB")
+        assert psnr_db >= MIN_PSNR_DB
