@@ -127,8 +127,8 @@ def _print_trajectory(trajectory: Trajectory) -> None:
     """How many evaluations the sampler made, where it leapt, and how straight its way was at each step."""
     leap = ""
     if trajectory.leap_step is not None and trajectory.sigma is not None:
-        leap = f"; step {trajectory.leap_step} leapt over the {trajectory.sigma:.3f} of time that was left"
-    console.print(f"{trajectory.evaluations} evaluations of the denoiser{leap}", highlight=False)
+        leap = f"; a leap at step {trajectory.leap_step} with {trajectory.sigma:.3f} of the time left"
+    console.print(f"{trajectory.evaluations} evaluations{leap}", highlight=False)
     cosines = " ".join("-" if math.isnan(cosine) else f"{cosine:.4f}" for cosine in trajectory.cosines)
     console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
 
