@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := compiler models passes runtime targets
 
-.PHONY: setup demo check test format
+.PHONY: setup demo check test format bench-passes
 
 setup: .venv/ready
 
@@ -32,6 +32,10 @@ check: setup
 
 test: check
 	@start=$$(date +%s); $(BIN)/python -m pytest -q tests && echo "tests took $$(( $$(date +%s) - start )) s"
+
+# on demand: each setting of the passes on the example, about 20 minutes
+bench-passes: setup
+	$(BIN)/python benchmarks/passes.py
 
 format:
 	$(BIN)/ruff format .
