@@ -25,7 +25,7 @@ class QuantizeInt8(Pass):
                                                               %w: i8[32,16] = weight(toy:w int8)
              %q = quantized_decomposed.choose_qparams_per_token_asymmetric(%x), then quantize_, dequantize_per_token
              %d = quantized_decomposed.dequantize_per_channel(%w, %w_scale, %zeros_32, 0, -127, 127, torch.int8)
-             %y = aten.linear(%dequantize_per_token, %d)
+             %y = aten.linear(%dequantize_per_token_default, %d)
 
     A tensor is read, quantized and dropped when its partition is lowered; nothing is calibrated. Each product quantizes
     its own input, also where several read one: from the choice of the scale to the product all is one kernel, which a
