@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,12 +21,13 @@ from rich.table import Table
 
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.units import format_bytes, parse_bytes
-from movdc.runtime.bundle import Bundle
+from movdc.runtime.bundle import Bundle, LayerError
 from movdc.runtime.errors import RunError
 from movdc.runtime.sampler import Trajectory
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
+WORST_SHOWN = 10
 OutFolder = Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")]
 
 
@@ -156,7 +158,21 @@ def inspect(bundle: OutFolder) -> None:
                 f"{stage.name} ({name}), {stage.cadence}: {len(variant.schedule)} instructions, "
                 f"peak {format_bytes(variant.peak_bytes)}"
             )
+    if manifest.quantization:
+        console.print(_quantization_table(manifest.quantization))
     console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")
+
+
+def _quantization_table(errors: Sequence[LayerError]) -> Table:
+    """The worst of the quantized weights, each with the ratio of signal to error."""
+    table = Table(title=f"{len(errors)} int8 weights, the worst first")
+    for column in ("stage", "weight", "SQNR"):
+        table.add_column(column, justify="right" if column == "SQNR" else "left")
+    for error in errors[:WORST_SHOWN]:
+        table.add_row(error.stage, error.key, f"{error.sqnr_db:.1f} dB")
+    if len(errors) > WORST_SHOWN:
+        table.caption = f"{len(errors) - WORST_SHOWN} more are in bundle.json"
+    return table
 
 
 @app.command("passes")

@@ -11,6 +11,7 @@ from movdc.compiler.bundle_writer import new_bundle
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
+from movdc.compiler.layer_errors import layer_errors
 from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
@@ -50,6 +51,7 @@ def compile_bundle(
             stages=stages,
             partitions=partitions,
             weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
+            quantization=layer_errors(program),
             files=tuple(writer.files[path] for path in sorted(writer.files)),
             spec=program.spec.model_dump(mode="json"),
             pipeline=",".join(str(one) for _, passes in phases for one in passes),
