@@ -1,9 +1,8 @@
-"""The cost model: bytes and FLOPs of nodes, and how long each value lives in the linear order."""
+"""The cost model: bytes and FLOPs of nodes, and which nodes cannot be parted."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import fx
@@ -15,14 +14,26 @@ aten = torch.ops.aten
 
 
 def size_bytes(node: fx.Node) -> int:
-    """Bytes that a node's result takes; results picked from a list share the list's bytes."""
-    if is_pick(node):
-        return 0
-    return sum(value.nbytes for value in _tensors(node.meta["val"]))
+    """Bytes that a node's result takes; of a node with several results, those that pick them take the bytes."""
+    if "dequantize" in getattr(node.target, "__name__", ""):
+        return 0  # what int8 kernels read stays int8
+    value = node.meta["val"]
+    return int(value.nbytes) if isinstance(value, torch.Tensor) else 0
 
 
-def _tensors(value: Any) -> list[torch.Tensor]:
-    return [value] if isinstance(value, torch.Tensor) else [item for item in value if isinstance(item, torch.Tensor)]
+def maker(node: fx.Node) -> fx.Node:
+    """The node at which a node's result comes into being: a picked result does where all results do."""
+    return node.args[0] if is_pick(node) else node
+
+
+def is_fused_with_users(node: fx.Node) -> bool:
+    """Whether a node and those that read it must stay in one partition.
+
+    Results are picked where they are made, and quantized arithmetic is one kernel from the choice of the scale to the
+    linear, whatever the nodes between say.
+    """
+    several = not isinstance(node.meta["val"], torch.Tensor)
+    return several or getattr(maker(node).target, "namespace", "") == "quantized_decomposed"
 
 
 def weight_bytes(node: fx.Node, graph: Graph) -> int:
@@ -31,7 +42,11 @@ def weight_bytes(node: fx.Node, graph: Graph) -> int:
 
 
 def scratch_bytes(node: fx.Node) -> int:
-    """Bytes that a kernel needs beside its inputs and outputs: the scores of an attention."""
+    """Bytes that a kernel needs beside its inputs and outputs: the scores of an attention, results nobody picks."""
+    if not isinstance(node.meta["val"], torch.Tensor):
+        picked = {user.args[1] for user in node.users if is_pick(user)}
+        results = enumerate(node.meta["val"])
+        return sum(value.nbytes for index, value in results if index not in picked and isinstance(value, torch.Tensor))
     if node.target is aten.scaled_dot_product_attention.default:
         query, key = (argument.meta["val"] for argument in node.args[:2])
         scores = math.prod(query.shape[:-1]) * int(key.shape[-2]) * query.element_size()

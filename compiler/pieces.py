@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import fx, nn
 
-from movdc.compiler.cost import flops, scratch_bytes, size_bytes
+from movdc.compiler.cost import flops, maker, scratch_bytes, size_bytes
 from movdc.compiler.folded import FoldedSource
 from movdc.compiler.printer import print_node, print_type
 from movdc.compiler.program import Graph, spec_of, value_of
-from movdc.compiler.trace import is_pick
 from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import TensorSpec
 
@@ -83,9 +83,8 @@ class Piece:
         live = [scratch_bytes(node) for node in self.nodes]
         for node, index in inner.items():
             if node not in self.outputs:
-                users = [user for direct in node.users for user in (direct, *(direct.users if is_pick(direct) else ()))]
-                last = max((inner[user] for user in users if user in inner), default=index)
-                for position in range(index, last + 1):
+                last = max((inner[user] for user in node.users if user in inner), default=index)
+                for position in range(inner[maker(node)], last + 1):
                     live[position] += size_bytes(node)
         return max(live, default=0)
 
@@ -132,21 +131,21 @@ def split(graph: Graph) -> list[Piece]:
         groups[-1].append(node)
         if node.name in graph.cuts:
             groups.append([])
+    return [piece_of(graph, group) for group in groups]
+
+
+def piece_of(graph: Graph, nodes: Sequence[fx.Node]) -> Piece:
+    """The piece of some neighbouring nodes."""
     results = set(graph.output_node.all_input_nodes)
-    pieces = []
-    for group in groups:
-        inside = set(group)
-        read = list(dict.fromkeys(source for node in group for source in node.all_input_nodes))
-        pieces.append(
-            Piece(
-                graph,
-                tuple(group),
-                tuple(node for node in read if node not in inside and node.name not in graph.weights),
-                tuple(node for node in group if node in results or not inside.issuperset(node.users)),
-                _weights(graph, [node for node in read if node.name in graph.weights]),
-            )
-        )
-    return pieces
+    inside = set(nodes)
+    read = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes))
+    return Piece(
+        graph,
+        tuple(nodes),
+        tuple(node for node in read if node not in inside and node.name not in graph.weights),
+        tuple(node for node in nodes if node in results or not inside.issuperset(node.users)),
+        _weights(graph, [node for node in read if node.name in graph.weights]),
+    )
 
 
 def _weights(graph: Graph, nodes: list[fx.Node]) -> tuple[PieceWeight, ...]:
