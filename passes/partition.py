@@ -1,152 +1,138 @@
-"""partition: cut every stage so that no partition needs more memory than the budget."""
+"""partition: cut every stage so that it fits the budget and loading overlaps running."""
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from functools import cache
+from itertools import pairwise
+from typing import ClassVar
 
-import numpy as np
-
-from movdc.compiler.cost import scratch_bytes, size_bytes, weight_bytes
-from movdc.compiler.errors import BudgetError
+from movdc.compiler.chain import chain_of, common_positions, costs, stretch_texts
+from movdc.compiler.cut import Costs, largest, least_s, predict, smallest_budget
+from movdc.compiler.errors import BudgetError, MovdcError
 from movdc.compiler.pass_base import Pass, PassResult
-from movdc.compiler.program import Graph, Program
-from movdc.compiler.trace import is_pick
+from movdc.compiler.pieces import piece_of
+from movdc.compiler.program import Graph, Program, Stage
+from movdc.compiler.repeats import Programs, fewest_programs
 from movdc.compiler.units import format_bytes
-
-Array = np.ndarray[Any, np.dtype[np.int64]]
 
 
 @dataclass(frozen=True)
 class Partition(Pass):
-    """Mark the cuts of each stage: the fewest partitions that fit, and among those the least bytes across cuts.
+    """Cut each stage where its predicted time is least, in at most the memory of the budget.
 
     Before:  %a = aten.linear(%x, %w1)        After:  %a = aten.linear(%x, %w1)
              %b = aten.linear(%a, %w2)                ---- cut ----
                                                       %b = aten.linear(%a, %w2)
 
-    Works on the linear order of the nodes, not on module names, and is optimal for that order.
-    Refuses: 1. a budget that no cutting can meet (MovdcError with the smallest one that can be met); 2. a cut between
-    a node with several results and the nodes that pick them.
+    Works on the linear order of the nodes, not on module names, and is optimal for that order and the cost model:
+    while a partition runs the next one loads, where both fit together (compiler/cut.py). The variants of a stage are
+    cut behind the same nodes, so that they share weights, where their names and weights allow. Of plans within
+    1 + `slack` of the least time the one with the fewest programs wins, so that equal blocks become equal partitions;
+    a tenth is about what the rates of a device are known to, and 0 takes plans of equal time only.
+    Refuses: 1. a budget that no cutting can meet (BudgetError with the smallest one that can be met, and the node that
+    sets it). Never cuts: 2. between a node with several results and the nodes that pick them, because only tensors
+    cross; 3. inside a quantized linear, because its nodes are one kernel.
+    Cost: tensors across cuts are written and read; results are the same.
+    Idea: On-device Sora (arXiv 2502.04363, section 3.4) overlaps the loads of blocks that it cut by hand.
     """
 
     name: ClassVar[str] = "partition"
     exact: ClassVar[bool] = True
+    paper: ClassVar[str] = "arXiv 2502.04363, section 3.4"
+    slack: float = 0.1
+
+    def requires(self, program: Program) -> None:
+        """The slack is a part of the least time."""
+        if not 0 <= self.slack <= 1:
+            raise MovdcError(f"pass partition: option slack is {self.slack}; write a number from 0 to 1, such as 0.1")
 
     def apply(self, program: Program) -> PassResult:
-        """Cut every graph afresh."""
-        cut = {}
+        """Cut every stage afresh."""
+        changed: dict[tuple[str, str], Graph] = {}
         notes = []
-        for stage, variant, graph in program.graphs():
-            need = _needs(graph, program.machine.load_copies)
-            cuts = _fewest(need, _crossing(graph), program.machine.budget_bytes)
-            if cuts is None:
-                raise _infeasible(stage, graph, need, program.machine.budget_bytes)
-            names = tuple(graph.compute_nodes[position - 1].name for position in cuts)
-            notes.append(f"{stage} ({variant}) {len(names) + 1}")
-            if names != graph.cuts:
-                cut[stage, variant] = replace(graph, cuts=names)
-        return PassResult(program.map_graphs(cut), bool(cut), "partitions: " + ", ".join(notes))
+        for stage in program.stages:
+            for variants, plan in _plans(stage, program, self.slack):
+                notes.append(f"{stage.name} ({', '.join(variants)}) {plan.note}")
+                for index, (variant, graph) in enumerate(variants.items()):
+                    nodes = graph.compute_nodes
+                    names = tuple(nodes[plan.positions[cut][index] - 1].name for cut in plan.cuts[1:-1])
+                    if names != graph.cuts:
+                        changed[stage.name, variant] = replace(graph, cuts=names, templates=())
+        return PassResult(program.map_graphs(changed), bool(changed), "; ".join(notes))
 
 
-def _lifetimes(graph: Graph) -> list[tuple[int, int, int]]:
-    """(first, last, bytes) of each compute node's value; outputs live to the end."""
-    position = {node: index for index, node in enumerate(graph.compute_nodes)}
-    results = set(graph.output_node.all_input_nodes)
-    spans = []
-    for node, index in position.items():
-        # A picked result keeps the list it comes from alive.
-        users = [user for direct in node.users for user in (direct, *(direct.users if is_pick(direct) else ()))]
-        last = max([position[user] for user in users if user in position], default=index)
-        if node in results or any(user in results for user in users):
-            last = len(position)
-        spans.append((index, last, size_bytes(node)))
-    return spans
+@dataclass(frozen=True)
+class _Plan:
+    """Cuts of variants that are cut alike: indices of `positions`, which has one position for each variant."""
+
+    positions: list[tuple[int, ...]]
+    costs: Costs
+    cuts: list[int]
+    programs: int
+
+    @property
+    def note(self) -> str:
+        """What was found, and how far it is from what no cutting can beat."""
+        one = predict(self.costs, self.cuts)
+        assert one is not None
+        count, least = len(self.cuts) - 1, least_s(self.costs)
+        return (
+            f"{count} partitions, {self.programs} programs, {count - 1 - one.overlapped} loads that wait: "
+            f"{one.seconds:.4g} s, at least {least:.4g} s ({one.seconds / least - 1:.0%} above), "
+            f"peak {format_bytes(one.peak_bytes)}"
+        )
 
 
-def _crossing(graph: Graph) -> Array:
-    """Bytes that live across the cut before node i, for i = 0 .. n; a cut that may not be made costs all there is."""
-    count = len(graph.compute_nodes)
-    crossing = np.zeros(count + 1, np.int64)
-    for first, last, bytes_ in _lifetimes(graph):
-        crossing[first + 1 : last + 1] += bytes_
-    for index, node in enumerate(graph.compute_nodes):
-        if isinstance(node.meta["val"], (list, tuple)):
-            after = max(graph.compute_nodes.index(user) for user in node.users)
-            crossing[index + 1 : after + 1] = _NEVER
-    return crossing
+def _plans(stage: Stage, program: Program, slack: float) -> list[tuple[Mapping[str, Graph], _Plan]]:
+    """Plans for all variants together, or for each alone if they have too little in common to fit."""
+    whole = _plan(list(stage.variants.values()), program, slack)
+    if whole is not None:
+        return [(stage.variants, whole)]
+    alone = [(name, graph, _plan([graph], program, slack)) for name, graph in stage.variants.items()]
+    if any(plan is None for *_, plan in alone):
+        raise _infeasible(stage, program)
+    return [({name: graph}, plan) for name, graph, plan in alone if plan is not None]
 
 
-_NEVER = np.int64(2**60)
+def _plan(graphs: Sequence[Graph], program: Program, slack: float) -> _Plan | None:
+    positions = common_positions(graphs)
+    each = list(zip(*positions, strict=True))
+    of_all = largest([costs(chain_of(graph), own, program.machine) for graph, own in zip(graphs, each, strict=True)])
+    texts = zip(*[stretch_texts(graph, own) for graph, own in zip(graphs, each, strict=True)], strict=True)
+    numbers: dict[tuple[str, ...], int] = {}
+    kinds = [numbers.setdefault(text, len(numbers)) for text in texts]
+    programs = _programs(graphs, each)
+    cuts = fewest_programs(of_all, kinds, slack, programs)
+    return None if cuts is None else _Plan(positions, of_all, cuts, programs(cuts))
 
 
-def _needs(graph: Graph, load_copies: float) -> Array:
-    """need[i, j]: bytes held while the partition of nodes i .. j-1 is loaded and run."""
-    nodes = graph.compute_nodes
-    count = len(nodes)
-    spans = _lifetimes(graph)
-    crossing = _crossing(graph)
-    stage_inputs = sum(spec.size_bytes for spec in graph.inputs)
-    weights = np.cumsum([0, *(weight_bytes(node, graph) for node in nodes)])
-    live = np.zeros(count, np.int64)  # made at or after i, and living while node k runs
-    for index, node in enumerate(nodes):
-        live[index] += scratch_bytes(node)
-    for first, last, bytes_ in spans:
-        live[first : min(last, count - 1) + 1] += bytes_
-    older = np.zeros(count + 1, np.int64)  # made before i, and living across the cut before node j
-    need = np.full((count, count + 1), _NEVER)
-    for i in range(count):
-        if crossing[i] < _NEVER:
-            held = weights[i + 1 :] - weights[i]
-            made = np.minimum(crossing[i + 1 :], _NEVER) - older[i + 1 :]
-            running = np.maximum.accumulate(live[i:]) + made + held
-            loading = (load_copies * held).astype(np.int64)
-            need[i, i + 1 :] = stage_inputs + older[i] + np.maximum(running, loading)
-        first, last, bytes_ = spans[i]
-        live[first : min(last, count - 1) + 1] -= bytes_
-        older[first + 1 : last + 1] += bytes_
-    need[:, crossing >= _NEVER] = _NEVER
-    return need
+def _programs(graphs: Sequence[Graph], positions: Sequence[Sequence[int]]) -> Programs:
+    """Counts the distinct texts of pieces, which is what share-templates lowers."""
+    nodes = [graph.compute_nodes for graph in graphs]
+
+    @cache
+    def digests(start: int, stop: int) -> tuple[bytes, ...]:
+        pieces = [piece_of(g, some[at[start] : at[stop]]) for g, some, at in zip(graphs, nodes, positions, strict=True)]
+        return tuple(hashlib.sha256(piece.text().encode()).digest() for piece in pieces)
+
+    return lambda cuts: len({digest for start, stop in pairwise(cuts) for digest in digests(start, stop)})
 
 
-def _fewest(need: Array, crossing: Array, budget_bytes: int) -> list[int] | None:
-    """Cut positions of the fewest partitions within the budget, then of the least crossing bytes; None if none fit."""
-    count = need.shape[0]
-    cost = np.full(count + 1, np.iinfo(np.int64).max)
-    previous = np.zeros(count + 1, np.int64)
-    cost[0] = 0
-    for i in range(count):
-        if cost[i] == np.iinfo(np.int64).max:
-            continue
-        ends = np.nonzero(need[i] <= budget_bytes)[0]
-        # One partition more outweighs any bytes: 2**44 is 16 TiB.
-        offer = cost[i] + 2**44 + np.where(ends == count, 0, crossing[ends] // 256)
-        better = offer < cost[ends]
-        cost[ends[better]] = offer[better]
-        previous[ends[better]] = i
-    if cost[count] == np.iinfo(np.int64).max:
-        return None
-    cuts = []
-    position = int(previous[count])
-    while position > 0:
-        cuts.append(position)
-        position = int(previous[position])
-    return cuts[::-1]
-
-
-def _infeasible(stage: str, graph: Graph, need: Array, budget_bytes: int) -> BudgetError:
+def _infeasible(stage: Stage, program: Program) -> BudgetError:
     """Name the smallest budget that can be met, and the node that sets it."""
-    count = need.shape[0]
-    best = np.full(count + 1, _NEVER)
-    best[0] = 0
-    for i in range(count):
-        best[i + 1 :] = np.minimum(best[i + 1 :], np.maximum(best[i], need[i, i + 1 :]))
-    smallest = int(best[count])
-    alone = np.array([need[i, i + 1] if need[i, i + 1] < _NEVER else 0 for i in range(count)])
-    node = graph.compute_nodes[int(alone.argmax())]
+    worst = (0, "")
+    for graph in stage.variants.values():
+        positions = common_positions([graph])
+        smallest, step = smallest_budget(costs(chain_of(graph), [one for (one,) in positions], program.machine))
+        node = graph.compute_nodes[positions[step + 1][0] - 1]
+        worst = max(worst, (smallest, f"%{node.name} ({node.target})"))
+    budget_bytes = program.machine.budget_bytes
     return BudgetError(
-        stage,
-        f"does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the "
-        f"smallest memory budget is {smallest} bytes ({format_bytes(smallest)}), set by %{node.name} ({node.target}); "
+        stage.name,
+        f"does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the smallest "
+        f"memory budget is {worst[0]} bytes ({format_bytes(worst[0])}), set by {worst[1]}; "
         "raise memory_budget, or make the video smaller",
     )
