@@ -18,8 +18,6 @@ from movdc.runtime.generate import Generator, Result
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
 MAX_RELATIVE_ERROR = 1e-2
 MIN_PSNR_DB = 40
-# Other cuts sum the same numbers in the same kernels; only a delegate that spans a cut may fuse an operator less.
-MAX_ERROR_BETWEEN_CUTS = 1e-5
 PROMPTS, MIN_RIGHT = 48, 46
 Movdc = Callable[..., CompletedProcess[str]]
 pytestmark = pytest.mark.slow
@@ -88,11 +86,8 @@ def test_less_memory_cuts_more_and_gives_the_same_video(movdc: Movdc, bundle: Pa
     _assert_shown_within_budget(movdc, small_bundle)
     ours, _ = _recorded_run(small_bundle, 1)
     expected, _ = _recorded_run(bundle, 1)
-    error = _relative_error(ours.latents, expected.latents)
-    difference = np.abs(ours.frames.astype(int) - expected.frames).max()
-    print(f"relative L2 {error:.1e}, frames differ by {difference}")
-    assert error <= MAX_ERROR_BETWEEN_CUTS
-    assert difference <= 1
+    assert np.array_equal(ours.latents, expected.latents)  # where a stage is cut changes no operation
+    assert np.array_equal(ours.frames, expected.frames)
 
 
 def test_two_compiles_give_the_same_bytes(bundle: Path, twin_bundle: Path) -> None:
