@@ -145,7 +145,7 @@ def _patterns(costs: Costs, repeat: Repeat, fees_s: tuple[float, ...]) -> Iterat
     middle = repeat.period * ((repeat.count - 1) // 2)
     seen = set()
     for place in sorted(places, key=lambda place: (costs.before_bytes[place + middle], place))[:_PLACES]:
-        for fee in (*fees_s, _ANY_TIME_S):
+        for fee in (fees_s[0], *(fees_s[-1] * 4**power for power in range(6)), _ANY_TIME_S):
             inner = cheapest(costs.at(range(place + middle, place + middle + repeat.period + 1)), fee)
             if inner is not None and len(inner) > 2:
                 starts = range(place, repeat.stop, repeat.period)
