@@ -244,8 +244,10 @@ def _bytes(option: str, text: str | None) -> int | None:
 def _load_noise(path: Path) -> np.ndarray[Any, Any]:
     try:
         return np.asarray(np.load(path, allow_pickle=False))
-    except (OSError, ValueError) as error:
-        raise RunError(f"{path}: is not a readable .npy file ({error})") from None
+    except OSError as error:
+        raise RunError(f"{path}: is not a readable .npy file ({error.strerror})") from None
+    except (ValueError, EOFError):  # what numpy says about them is advice to load pickles
+        raise RunError(f"{path}: is not a readable .npy file; write one with numpy.save") from None
 
 
 def main() -> None:

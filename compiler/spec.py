@@ -48,7 +48,7 @@ class SamplerSpec(_Section):
     """The denoising loop."""
 
     steps: int = Field(default=30, ge=1)
-    guidance: float = 7.0
+    guidance: float = Field(default=7.0, allow_inf_nan=False)
     rounded: bool = False  # the phone app of the paper rounds timesteps to integers; Open-Sora 1.2 does not
 
 
@@ -99,13 +99,17 @@ def load_spec(path: Path) -> SpecFile:
     try:
         root = yaml.compose(text, Loader=yaml.SafeLoader)
         data = yaml.safe_load(text)
+        keys = list(_walk(root, ())) if isinstance(root, yaml.MappingNode) else None
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise MovdcError(f"{path}:{line}: is not YAML ({error.problem}); mind the indentation and the colons") from None
-    if not isinstance(root, yaml.MappingNode):
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters, impossible dates, loops
+        reason = str(error).splitlines()[0]
+        raise MovdcError(f"{path}:1: is not YAML ({reason}); quote what is meant as text") from None
+    if keys is None:
         raise MovdcError(f"{path}:1: holds no keys; start with `movdc: 1` and see examples/tiny.yaml")
     lines: dict[Path_, int] = {}
-    for key, line in _walk(root, ()):
+    for key, line in keys:
         if key in lines:
             raise MovdcError(f"{path}:{line}: {'.'.join(key)}: is given twice (first on line {lines[key]}); keep one")
         lines[key] = line
@@ -132,7 +136,8 @@ def _line(lines: dict[Path_, int], key: Path_) -> int:
 
 def _explain(path: Path, error: ValidationError, lines: dict[Path_, int]) -> str:
     """One sentence for the first thing that is wrong."""
-    first = error.errors()[0]
+    # A misspelt key is an unknown one and a missing one: the unknown one says what to do.
+    first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
     key = tuple(
         str(part) for part in first["loc"] if str(part) in {p for k in lines for p in k} or first["type"] == "missing"
     )

@@ -76,6 +76,7 @@ class OpenSora(Family):
     def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:
         """Trace the four stages at the spec's sizes."""
         spec = spec_file.spec
+        _check_sizes(spec_file)
         vae_config = _vae_config(spec_file)
         chunks = decode_chunks(spec.video.frames, vae_config.micro_frame_size)
         latent = (
@@ -118,6 +119,16 @@ class OpenSora(Family):
             ),
             tokenizer_json=tokenizer_json,
         )
+
+
+def _check_sizes(spec_file: SpecFile) -> None:
+    video = spec_file.spec.video
+    for key, pixels in (("height", video.height), ("width", video.width)):
+        if pixels % PIXELS_PER_LATENT:
+            nearest = max(2, round(pixels / PIXELS_PER_LATENT)) * PIXELS_PER_LATENT
+            raise spec_file.error(f"video.{key}", f"{pixels} is no multiple of {PIXELS_PER_LATENT}; take {nearest}")
+    if 1 < video.frames < 17:  # their timestep shift would be 0
+        raise spec_file.error("video.frames", f"{video.frames} is neither 1 nor at least 17; take 1 or 17")
 
 
 def timestep_shift(video: VideoSpec) -> float:

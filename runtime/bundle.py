@@ -279,12 +279,13 @@ def seal_of(manifest_text: bytes) -> str:
 def _read_plain(path: Path) -> bytes:
     """Read a file that must be a plain file and not a link."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe would block
     except FileNotFoundError:
         raise BundleError(f"{path}: missing; compile the bundle again") from None
     except OSError as error:
         raise BundleError(f"{path}: cannot be opened as a plain file ({error.strerror})") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BundleError(f"{path}: not a plain file")
     with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise BundleError(f"{path}: not a plain file")
         return file.read()

@@ -28,6 +28,11 @@ def test_the_example_is_valid() -> None:
         ("target:", "taget:", r": taget: unknown key; did you mean 'target'"),
         ("device: host", "device: host\ndevice: host", r": device: is given twice"),
         ("sampler:      {", "sampler:      [", r"is not YAML"),
+        ("frames: 34", "fraems: 34", r":7: video.fraems: unknown key; did you mean 'frames'"),
+        ("guidance: 4.0", "guidance: .nan", r":8: sampler.guidance: .*finite"),
+        ("device: host", "device: ho\x01st", r"is not YAML .*quote"),
+        ("device: host", "device: 2024-13-45", r"is not YAML .*quote"),
+        ("{weights: checkpoints/tiny/vae}", "&a {weights: x, config: *a}", r"is not YAML"),
         (", max_tokens: 24", "", r":4: text_encoder.max_tokens: is required but missing"),
     ],
 )
