@@ -12,6 +12,7 @@ from movdc.compiler.pass_base import Pass
 from movdc.passes.attention_to_bmm import AttentionToBmm
 from movdc.passes.canonicalize import Canonicalize
 from movdc.passes.conv3d_to_conv2d import Conv3dToConv2d
+from movdc.passes.gelu_to_tanh import GeluToTanh
 from movdc.passes.leap import Leap
 from movdc.passes.merge_tokens import MergeTokens
 from movdc.passes.partition import Partition
@@ -22,7 +23,7 @@ from movdc.passes.split_to_slices import SplitToSlices
 # Every pass, in the order in which they run, in phases.
 PHASES: dict[str, tuple[type[Pass], ...]] = {
     "variants": (MergeTokens,),  # first: it aligns a stage with a second trace, so the stage must still be as traced
-    "operators": (Canonicalize, SplitToSlices, AttentionToBmm, Conv3dToConv2d),
+    "operators": (Canonicalize, SplitToSlices, AttentionToBmm, GeluToTanh, Conv3dToConv2d),
     "weights": (QuantizeInt8,),  # before the partitions, which weigh the weights as they are stored
     "sampler": (Leap,),
     "partitions": (Partition, ShareTemplates),
@@ -32,6 +33,7 @@ DEFAULT: tuple[type[Pass], ...] = (
     Canonicalize,
     SplitToSlices,
     AttentionToBmm,
+    GeluToTanh,
     Conv3dToConv2d,
     Partition,
     ShareTemplates,

@@ -33,6 +33,8 @@ class ExecutorchXnnpack(Target):
         """Why the XNNPACK and portable kernels cannot run a node."""
         if node.target in (torch.ops.aten.conv3d.default, torch.ops.aten.conv3d.padding):
             return "XNNPACK and the portable kernels convolve in two dimensions; run the pass conv3d-to-conv2d before"
+        if node.target is torch.ops.aten.gelu.default and node.kwargs.get("approximate") == "tanh":
+            return "XNNPACK computes the exact GELU for the tanh approximation; run the pass gelu-to-tanh before"
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_complex():
             return "complex numbers have no kernels; write them as pairs of real ones"
