@@ -156,7 +156,7 @@ class TwoTraces:
         for table in region.tables:
             found = [table]
             for node in found:
-                if value_of(node).dim() == 1 and value_of(node).is_floating_point():
+                if value_of(node).shape == self._frames[:1] and value_of(node).is_floating_point():
                     if node not in self._tables:
                         self._tables[node] = self._inline(function, (node,), node.next, f"{node.name}_merged")
                     break
