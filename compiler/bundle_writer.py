@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -57,29 +58,48 @@ class BundleWriter:
 
 @contextmanager
 def new_bundle(out: Path) -> Iterator[BundleWriter]:
-    """A writer whose files become `out` when the block ends well, and vanish when it does not."""
+    """A writer whose files become `out` when the block ends well, and vanish when it does not.
+
+    Raises MovdcError if `out` is something else than a bundle, or if another process is writing it.
+    """
     if out.exists() and not (out / MANIFEST).is_file():
         raise MovdcError(f"{out}: exists and is no bundle; choose another -o, or remove it")
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{out.name}.partial-*"):  # of a compile that was killed
-        shutil.rmtree(left)
+        if left.suffix == ".old" and not out.exists():  # between its two renames
+            os.rename(left, out)
+            continue
+        with _directory(left) as descriptor:
+            if not _lock(descriptor):
+                raise MovdcError(f"{out}: another compile is writing it; wait for it, or choose another -o")
+            shutil.rmtree(left)
     root = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    old = root.with_name(root.name + ".old")
+    with _directory(root) as descriptor:
+        _lock(descriptor)  # goes with the process, however it ends
+        try:
+            yield BundleWriter(root)
+            root.chmod(0o755)
+            for path in [*root.rglob("*"), root]:
+                _sync(path)
+            if out.exists():
+                os.rename(out, old)
+            os.rename(root, out)
+            _sync(out.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        except BaseException:
+            if old.exists() and not out.exists():  # stopped between the two renames
+                os.rename(old, out)
+            shutil.rmtree(root, ignore_errors=True)
+            raise
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        yield BundleWriter(root)
-        root.chmod(0o755)
-        for path in root.rglob("*"):
-            with path.open("rb") if path.is_file() else _directory(path) as file:
-                os.fsync(file if isinstance(file, int) else file.fileno())
-        if out.exists():
-            old = root.with_name(root.name + ".old")
-            os.rename(out, old)
-            os.rename(root, out)
-            shutil.rmtree(old)
-        else:
-            os.rename(root, out)
-    except BaseException:
-        shutil.rmtree(root, ignore_errors=True)
-        raise
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
@@ -89,3 +109,12 @@ def _directory(path: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Whether the lock could be had; it is held until the descriptor is closed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

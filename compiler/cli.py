@@ -28,6 +28,7 @@ from movdc.runtime.sampler import Trajectory
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 WORST_SHOWN = 10
+UsageError: Any = typer.BadParameter.__base__  # typer exports no name for it
 OutFolder = Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")]
 
 
@@ -66,19 +67,20 @@ def compile_(
     os.environ.setdefault("PYTHONWARNINGS", "ignore")
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
-    from movdc.compiler.compile import compile_bundle
-    from movdc.compiler.device import Machine
     from movdc.compiler.spec import load_spec
 
-    spec_file = load_spec(spec)
-    overrides = {"target": target, "device": device, "memory_budget": _bytes("--memory-budget", memory_budget)}
-    spec_file.spec = spec_file.spec.model_copy(update={key: value for key, value in overrides.items() if value})
-    chosen = _one_of(spec_file, "target", _targets())()
-    family = _one_of(spec_file, "family", _families())()
-    profile = _one_of(spec_file, "device", _devices())
-    machine = Machine.of(profile, spec_file.spec.memory_budget, chosen.load_copies)
+    spec_file = load_spec(spec)  # before the slow imports, so that a slip of the pen is told at once
+    budget_bytes = _bytes("--memory-budget", memory_budget) or spec_file.spec.memory_budget
+    profile = _one_of(spec_file, "device", device, _devices())
+    from movdc.compiler.compile import compile_bundle
+    from movdc.compiler.device import Machine
     from movdc.passes.pipeline import default_pipeline, in_phases, parse_pipeline
 
+    chosen = _one_of(spec_file, "target", target, _targets())()
+    family = _one_of(spec_file, "family", None, _families())()
+    machine = Machine.of(profile, budget_bytes, chosen.load_copies)
+    resolved = {"target": chosen.name, "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
+    spec_file.spec = spec_file.spec.model_copy(update=resolved)
     phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes))
     with _progress() as progress:
         manifest = compile_bundle(spec_file, out, family, chosen, machine, phases, dump, _Bars(progress))
@@ -140,8 +142,9 @@ def inspect(bundle: OutFolder) -> None:
     """Show the partitions, the schedule and the predicted peak of a bundle."""
     manifest = Bundle.read(bundle).manifest
     table = Table(title=f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}")
+    names = ("partition", "program", "weights file")  # never shortened: they are what people look for
     for column in ("partition", "weights", "working", "inputs", "outputs", "MFLOP", "program", "weights file"):
-        table.add_column(column, justify="left" if column in ("partition", "program", "weights file") else "right")
+        table.add_column(column, justify="left" if column in names else "right", overflow="fold")
     for one in manifest.partitions:
         sizes = (
             one.weight_bytes,
@@ -227,10 +230,12 @@ def _devices() -> dict[str, Any]:
         return dict(read_profiles(path))
 
 
-def _one_of(spec_file: Any, key: str, choices: dict[str, Any]) -> Any:
-    name = getattr(spec_file.spec, key)
+def _one_of(spec_file: Any, key: str, option: str | None, choices: dict[str, Any]) -> Any:
+    """The choice that the option names, or else the YAML."""
+    name = option or getattr(spec_file.spec, key)
     if name not in choices:
-        raise spec_file.error(key, f"unknown {key} {name!r}; there are {', '.join(choices)}")
+        message = f"unknown {key} {name!r}; there are {', '.join(choices)}"
+        raise MovdcError(f"--{key}: {message}") if option else spec_file.error(key, message)
     return choices[name]
 
 
@@ -252,11 +257,16 @@ def _load_noise(path: Path) -> np.ndarray[Any, Any]:
 
 def main() -> None:
     """The console script: errors in the input are one sentence and exit code 2."""
+    errors = Console(stderr=True)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
     except (MovdcError, RunError) as error:
-        console.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        console.print("stopped; nothing was written")
+    except UsageError as error:  # an option that does not exist, a number out of range
+        if message := error.format_message():  # none where the help was shown instead
+            errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except (KeyboardInterrupt, typer.Abort):
+        errors.print("stopped; nothing was written")
         sys.exit(130)

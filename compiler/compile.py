@@ -44,7 +44,7 @@ def compile_bundle(
             device=program.spec.device,
             budget_bytes=machine.budget_bytes,
             peak_bytes=max(variant.peak_bytes for stage in stages for variant in stage.variants.values()),
-            video=Video.model_validate(program.spec.video.model_dump()),
+            video=_video(program),
             prompt=program.prompt,
             sampler=program.sampler,
             decode=program.decode,
@@ -92,6 +92,14 @@ def _optimise(
             if error.stage != "vae_spatial" or micro_batch_frames == family.micro_batches[-1]:
                 raise
     raise InternalError(f"family {family.name} names no micro-batch")
+
+
+def _video(program: Program) -> Video:
+    """What comes out: sizes are those of the decoder's pixels, which whole latents make."""
+    asked = program.spec.video
+    pixels = {stage.name: stage for stage in program.stages}["vae_spatial"].variants["plain"].outputs[0]
+    height, width = pixels.shape[-2:]
+    return Video(frames=asked.frames, height=height, width=width, fps=asked.fps)
 
 
 def _dump(folder: Path, name: str, program: Program) -> None:

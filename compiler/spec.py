@@ -19,7 +19,7 @@ Path_ = tuple[str, ...]
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
 
 class ModelSpec(_Section):
@@ -33,6 +33,7 @@ class TextEncoderSpec(ModelSpec):
     """The text encoder, and how many tokens a prompt may have."""
 
     max_tokens: int = Field(ge=1)
+    tokenizer: str | None = None  # a folder relative to the YAML; None is where the weights are
 
 
 class VideoSpec(_Section):

@@ -76,7 +76,7 @@ class OpenSora(Family):
     def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:
         """Trace the four stages at the spec's sizes."""
         spec = spec_file.spec
-        _check_sizes(spec_file)
+        _check_frames(spec_file)
         vae_config = _vae_config(spec_file)
         chunks = decode_chunks(spec.video.frames, vae_config.micro_frame_size)
         latent = (
@@ -121,14 +121,10 @@ class OpenSora(Family):
         )
 
 
-def _check_sizes(spec_file: SpecFile) -> None:
-    video = spec_file.spec.video
-    for key, pixels in (("height", video.height), ("width", video.width)):
-        if pixels % PIXELS_PER_LATENT:
-            nearest = max(2, round(pixels / PIXELS_PER_LATENT)) * PIXELS_PER_LATENT
-            raise spec_file.error(f"video.{key}", f"{pixels} is no multiple of {PIXELS_PER_LATENT}; take {nearest}")
-    if 1 < video.frames < 17:  # their timestep shift would be 0
-        raise spec_file.error("video.frames", f"{video.frames} is neither 1 nor at least 17; take 1 or 17")
+def _check_frames(spec_file: SpecFile) -> None:
+    frames = spec_file.spec.video.frames
+    if 1 < frames < 17:  # their timestep shift would be 0
+        raise spec_file.error("video.frames", f"{frames} is neither 1 nor at least 17; take 1 or 17")
 
 
 def timestep_shift(video: VideoSpec) -> float:
@@ -307,10 +303,16 @@ def _vae_config(spec_file: SpecFile) -> OpenSoraVAEConfig:
 
 def _tokenizer(spec_file: SpecFile) -> tuple[bytes, int]:
     """The tokenizer as a `tokenizers` JSON file, and its padding id."""
-    folder = _folder(spec_file, "text_encoder")
+    given = spec_file.spec.text_encoder.tokenizer
+    if given is None and spec_file.spec.text_encoder.weights.startswith("random:"):
+        raise spec_file.error(
+            "text_encoder.tokenizer", "random weights bring no tokenizer; name a folder with its files here"
+        )
+    folder = _folder(spec_file, "text_encoder") if given is None else spec_file.path.parent / given
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return tokenizer.backend_tokenizer.to_str(pretty=False).encode(), int(tokenizer.pad_token_id)
     except (OSError, ValueError, AttributeError) as error:
         reason = str(error).splitlines()[0]
-        raise spec_file.error("text_encoder.weights", f"{folder} holds no T5 tokenizer ({reason})") from None
+        key = "text_encoder.weights" if given is None else "text_encoder.tokenizer"
+        raise spec_file.error(key, f"{folder} holds no T5 tokenizer ({reason}); fetch its files again") from None

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from movdc.runtime.errors import BundleError
 
@@ -231,6 +231,21 @@ class Manifest(_Record):
     quantization: tuple[LayerError, ...] = ()  # of each quantized tensor, the worst first
     pipeline: str  # the passes that ran, as they parse back
     versions: dict[str, str]
+
+    @model_validator(mode="after")
+    def _names_exist(self) -> Manifest:
+        """Every name leads somewhere, so that no reader has to ask."""
+        files, weights = {file.path for file in self.files}, {file.path for file in self.weights}
+        partitions = {partition.name for partition in self.partitions}
+        wanted = {self.prompt.tokenizer, *weights, *(partition.program for partition in self.partitions)}
+        steps = {
+            step.partition for stage in self.stages for variant in stage.variants.values() for step in variant.schedule
+        }
+        unknown = (wanted - files) | ({path for one in self.partitions for path in one.weights} - weights)
+        unknown |= steps - partitions
+        if unknown:
+            raise ValueError(f"{min(unknown)} is named and not described")
+        return self
 
 
 class Bundle:
