@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx, nn
 
 from movdc.compiler.device import Machine
-from movdc.compiler.program import DTYPES, Graph, Program, Stage
+from movdc.compiler.program import DTYPES, Graph, Program, Stage, TokenLayout
 from movdc.compiler.spec import load_spec
 from movdc.compiler.trace import trace
-from movdc.compiler.weights import WeightRef
+from movdc.compiler.weights import Source, WeightRef
 from movdc.models.opensora import OpenSora
 from movdc.runtime.bundle import Decode, Prompt, Sampler, TensorSpec
 
@@ -46,6 +46,36 @@ def graph_of() -> Callable[..., Graph]:
         specs = tuple(TensorSpec(name=k, dtype=DTYPES[t.dtype], shape=tuple(t.shape)) for k, t in inputs.items())
         source = ModuleSource(module)
         return trace(lambda: module, specs, ("out",), source.refs())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def graph_with_layout() -> Callable[..., Graph]:
+    """Trace what `build` makes into a Graph with a TokenLayout, whose retrace gives the inputs other frames.
+
+    `frame_axes` says which axis of which input has the frames; weights are the module's own unless `source` has them.
+    """
+
+    def make(
+        build: Callable[[], nn.Module],
+        shapes: Mapping[str, tuple[int, ...]],
+        frame_axes: Mapping[str, int],
+        source: Source | None = None,
+        **layout: Any,
+    ) -> Graph:
+        refs = (source or ModuleSource(build())).refs()
+
+        def retrace(frames: int) -> Graph:
+            sized = {name: list(shape) for name, shape in shapes.items()}
+            for name, axis in frame_axes.items():
+                sized[name][axis] = frames
+            dtypes = {name: "bool" if name == "x_mask" else "f32" for name in shapes}
+            specs = tuple(TensorSpec(name=k, dtype=dtypes[k], shape=tuple(shape)) for k, shape in sized.items())
+            return trace(build, specs, ("out",), refs)
+
+        frames = next(shapes[name][axis] for name, axis in frame_axes.items())
+        return replace(retrace(frames), layout=TokenLayout(frames=frames, retrace=retrace, **layout))
 
     return make
 
