@@ -60,6 +60,7 @@ def compile_(
     passes: Annotated[
         str | None, typer.Option(help='The whole pipeline, as "canonicalize,merge-tokens{steps=15},...".')
     ] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes that lower; by default one a core.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the program before and after each phase here.")] = None,
 ) -> None:
     """Compile a pipeline into a bundle."""
@@ -82,8 +83,14 @@ def compile_(
     resolved = {"target": chosen.name, "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
     spec_file.spec = spec_file.spec.model_copy(update=resolved)
     phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes))
+
+    def note(name: str, text: str) -> None:
+        console.print(f"[bold]{name}[/bold]: {text}", highlight=False)
+
     with _progress() as progress:
-        manifest = compile_bundle(spec_file, out, family, chosen, machine, phases, dump, _Bars(progress))
+        manifest = compile_bundle(
+            spec_file, out, family, chosen, machine, phases, dump, _Bars(progress), note, jobs or os.cpu_count() or 1
+        )
     console.print(
         f"{out}: {len(manifest.partitions)} partitions, {format_bytes(sum(f.size_bytes for f in manifest.files))}, "
         f"peak {format_bytes(manifest.peak_bytes)} of {format_bytes(machine.budget_bytes)}, "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -30,12 +30,14 @@ def compile_bundle(
     phases: Sequence[tuple[str, Sequence[Pass]]],
     dump: Path | None,
     progress: Progress,
+    note: Callable[[str, str], None],
+    jobs: int = 1,
 ) -> Manifest:
-    """Compile a spec into the bundle `out` and return its manifest."""
+    """Compile a spec into the bundle `out` and return its manifest; `note` gets what each pass (by name) has to say."""
     with new_bundle(out) as writer:
-        program = _optimise(spec_file, family, machine, phases, dump, progress)
+        program = _optimise(spec_file, family, machine, phases, dump, progress, note)
         _refuse(program, target)
-        stages, partitions = lower(program, target, writer, progress)
+        stages, partitions = lower(program, target, writer, progress, jobs)
         writer.add_bytes(program.prompt.tokenizer, program.tokenizer_json)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -69,6 +71,7 @@ def _optimise(
     phases: Sequence[tuple[str, Sequence[Pass]]],
     dump: Path | None,
     progress: Progress,
+    note: Callable[[str, str], None],
 ) -> Program:
     """Trace and run the passes, with the largest micro-batch of the decoder that fits the budget."""
     passes = [one for _, some in phases for one in some]
@@ -84,6 +87,7 @@ def _optimise(
             if dump is not None and one in last_of:
                 names = [phase for phase, _ in phases]
                 _dump(dump, f"{names.index(last_of[one]) + 1}-{last_of[one]}", result.program)
+            note(one.name, result.note)
             progress("passes", passes.index(one) + 1, len(passes))
 
         try:

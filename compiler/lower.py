@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from movdc.compiler.bundle_writer import BundleWriter
+from movdc.compiler.emit import emit_all
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Graph, Program
 from movdc.compiler.schedule import check, sequential
@@ -17,46 +18,67 @@ Progress = Callable[[str, int, int], None]  # what is being done, done so far, i
 
 
 def lower(
-    program: Program, target: Target, writer: BundleWriter, progress: Progress
+    program: Program, target: Target, writer: BundleWriter, progress: Progress, jobs: int = 1
 ) -> tuple[tuple[Stage, ...], tuple[Partition, ...]]:
-    """Lower each template once and write the weights of every partition; raises InternalError for a wrong schedule."""
+    """Lower each template once, in `jobs` processes, and write the weights of every partition.
+
+    Raises InternalError, or BudgetError, for a schedule that does not keep what it promises.
+    """
     pieces = {(stage, variant): split(graph) for stage, variant, graph in program.graphs()}
-    total = sum(len(some) for some in pieces.values())
-    lowered: dict[str, tuple[str, Artifact]] = {}
-    partitions: list[Partition] = []
-    stages = []
-    for stage in program.stages:
-        variants = {}
-        for variant, graph in stage.variants.items():
-            made = []
-            for index, piece in enumerate(pieces[stage.name, variant]):
-                progress("lower", len(partitions), total)
-                name = f"{stage.name}.{variant}.{index}"
-                template = graph.templates[index] if graph.templates else name
-                with tempfile.TemporaryDirectory(dir=writer.root) as folder:
-                    if template not in lowered:
-                        artifact = target.emit(piece, Path(folder))
-                        lowered[template] = writer.add_program(artifact.program), artifact
-                    made.append(_partition(name, piece, *lowered[template], target, writer, Path(folder)))
-                partitions.append(made[-1])
-            variants[variant] = _variant(graph, made, program.machine.budget_bytes)
-        stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
-    progress("lower", total, total)
-    return tuple(stages), tuple(partitions)
+    templates: dict[str, Piece] = {}
+    template_of: dict[tuple[str, str], list[str]] = {}
+    for stage_name, variant, graph in program.graphs():
+        key = stage_name, variant
+        template_of[key] = list(graph.templates) or [_name(*key, index) for index in range(len(pieces[key]))]
+        for template, piece in zip(template_of[key], pieces[key], strict=True):
+            templates.setdefault(template, piece)
+    with tempfile.TemporaryDirectory(dir=writer.root) as folder:
+        artifacts = emit_all(
+            templates, target, Path(folder), jobs, lambda done: progress("lower", done, len(templates))
+        )
+        programs = {template: writer.add_program(artifact.program) for template, artifact in artifacts.items()}
+        total = sum(len(some) for some in pieces.values())
+        made: list[Partition] = []
+        stages = []
+        for stage in program.stages:
+            variants = {}
+            for variant, graph in stage.variants.items():
+                first = len(made)
+                for index, piece in enumerate(pieces[stage.name, variant]):
+                    template = template_of[stage.name, variant][index]
+                    weights = _write_weights(piece, artifacts[template], target, writer, Path(folder))
+                    made.append(
+                        _partition(_name(stage.name, variant, index), piece, programs[template], weights, target)
+                    )
+                    progress("weights", len(made), total)
+                variants[variant] = _variant(graph, made[first:], program.machine.budget_bytes)
+            stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
+    return tuple(stages), tuple(made)
 
 
-def _partition(
-    name: str, piece: Piece, program: str, artifact: Artifact, target: Target, writer: BundleWriter, folder: Path
-) -> Partition:
-    weights = []
+def _name(stage: str, variant: str, index: int) -> str:
+    return f"{stage}.{variant}.{index}"
+
+
+def _write_weights(
+    piece: Piece, artifact: Artifact, target: Target, writer: BundleWriter, folder: Path
+) -> tuple[str, ...]:
+    """A file for each group of the piece's weights, so that variants share those of the checkpoint."""
+    refs = {weight.name: weight.ref for weight in piece.weights}
+    paths = []
     for group in dict.fromkeys(weight.group for weight in piece.weights):
+        names = {weight.name for weight in piece.weights if weight.group == group}
         path = folder / f"{group}{target.weights_suffix}"
-        if slots := artifact.slots_of(piece, group):
-            weights.append(writer.add_weights(path, target.write_weights(slots, path)))
+        if slots := [slot for slot in artifact.slots if slot.weight in names]:
+            paths.append(writer.add_weights(path, target.write_weights(slots, refs, path)))
+    return tuple(paths)
+
+
+def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], target: Target) -> Partition:
     return Partition(
         name=name,
         program=program,
-        weights=tuple(weights),
+        weights=weights,
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),
         weight_bytes=piece.weight_bytes,

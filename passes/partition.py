@@ -93,7 +93,7 @@ def _plans(stage: Stage, program: Program, slack: float) -> list[tuple[Mapping[s
         return [(stage.variants, whole)]
     alone = [(name, graph, _plan([graph], program, slack)) for name, graph in stage.variants.items()]
     if any(plan is None for *_, plan in alone):
-        raise _infeasible(stage, program)
+        raise _infeasible(program)
     return [({name: graph}, plan) for name, graph, plan in alone if plan is not None]
 
 
@@ -121,18 +121,19 @@ def _programs(graphs: Sequence[Graph], positions: Sequence[Sequence[int]]) -> Pr
     return lambda cuts: len({digest for start, stop in pairwise(cuts) for digest in digests(start, stop)})
 
 
-def _infeasible(stage: Stage, program: Program) -> BudgetError:
-    """Name the smallest budget that can be met, and the node that sets it."""
-    worst = (0, "")
-    for graph in stage.variants.values():
+def _infeasible(program: Program) -> BudgetError:
+    """Name the smallest budget that every stage can meet, and the stage and node that set it."""
+    smallest = []
+    for stage, _, graph in program.graphs():
         positions = common_positions([graph])
-        smallest, step = smallest_budget(costs(chain_of(graph), [one for (one,) in positions], program.machine))
+        needed_bytes, step = smallest_budget(costs(chain_of(graph), [one for (one,) in positions], program.machine))
         node = graph.compute_nodes[positions[step + 1][0] - 1]
-        worst = max(worst, (smallest, f"%{node.name} ({node.target})"))
+        smallest.append((needed_bytes, stage, f"%{node.name} ({node.target})"))
+    needed_bytes, stage, where = max(smallest)
     budget_bytes = program.machine.budget_bytes
     return BudgetError(
-        stage.name,
+        stage,
         f"does not fit into {budget_bytes} bytes ({format_bytes(budget_bytes)}) however it is cut; the smallest "
-        f"memory budget is {worst[0]} bytes ({format_bytes(worst[0])}), set by {worst[1]}; "
+        f"memory budget is {needed_bytes} bytes ({format_bytes(needed_bytes)}), set by {where}; "
         "raise memory_budget, or make the video smaller",
     )

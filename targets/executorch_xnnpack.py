@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -15,6 +15,7 @@ from torch import fx
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target
+from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import Constant
 from movdc.targets.ptd import recognise, write_ptd
 
@@ -70,6 +71,6 @@ class ExecutorchXnnpack(Target):
         slots = recognise(piece, stand_ins.read_bytes()) if stand_ins.exists() else ()
         return Artifact(path, slots, scratch_bytes)
 
-    def write_weights(self, slots: Sequence[Slot], path: Path) -> tuple[Constant, ...]:
+    def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> tuple[Constant, ...]:
         """Write a .ptd file."""
-        return write_ptd(slots, path)
+        return write_ptd(slots, refs, path)

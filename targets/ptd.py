@@ -7,16 +7,17 @@ each other. What the target made of them tells which weight each key stands for,
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
 from movdc.compiler.errors import InternalError
-from movdc.compiler.pieces import Piece, PieceWeight
+from movdc.compiler.pieces import Piece
 from movdc.compiler.program import DTYPES
 from movdc.compiler.target import Slot
+from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import Constant
 
 # ExecuTorch's ScalarType numbers, which are PyTorch's.
@@ -29,12 +30,12 @@ _SCALAR_TYPES = {DTYPES[dtype]: number for number, dtype in _TORCH_DTYPES.items(
 
 def recognise(piece: Piece, stand_ins: bytes) -> tuple[Slot, ...]:
     """The slot of each key in a .ptd file that was lowered from the piece's stand-ins."""
-    known: dict[bytes, tuple[PieceWeight, Literal["plain", "channels-last"]]] = {}
+    known: dict[bytes, tuple[str, Literal["plain", "channels-last"]]] = {}
     for weight in piece.weights:
         data = weight.stand_in()
         if data.dim() == 4:
-            known.setdefault(_digest(data.permute(0, 2, 3, 1)), (weight, "channels-last"))
-        known[_digest(data)] = (weight, "plain")
+            known.setdefault(_digest(data.permute(0, 2, 3, 1)), (weight.name, "channels-last"))
+        known[_digest(data)] = (weight.name, "plain")
     slots = []
     for constant, layout in _entries(stand_ins):
         data_digest = hashlib.sha256(
@@ -48,7 +49,7 @@ def recognise(piece: Piece, stand_ins: bytes) -> tuple[Slot, ...]:
     return tuple(slots)
 
 
-def write_ptd(slots: Sequence[Slot], path: Path) -> tuple[Constant, ...]:
+def write_ptd(slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> tuple[Constant, ...]:
     """Write the data of the slots under their keys, in the order of the keys."""
     from executorch.exir._serialize.data_serializer import DataEntry, DataPayload
     from executorch.exir.scalar_type import ScalarType
@@ -58,7 +59,7 @@ def write_ptd(slots: Sequence[Slot], path: Path) -> tuple[Constant, ...]:
     buffers = []
     named = {}
     for index, slot in enumerate(sorted(slots, key=lambda slot: slot.key)):
-        buffers.append(slot.fill().numpy().tobytes())
+        buffers.append(slot.fill(refs[slot.weight]).numpy().tobytes())
         layout = None
         if slot.dtype is not None:
             layout = TensorLayout(ScalarType(_SCALAR_TYPES[slot.dtype]), list(slot.shape), list(range(len(slot.shape))))
