@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import typer
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -28,6 +29,7 @@ from movdc.runtime.sampler import Trajectory
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
 WORST_SHOWN = 10
+INSPECT_COLUMNS = 100  # wider than a pipe's 80, for nothing in the table may be cut off
 UsageError: Any = typer.BadParameter.__base__  # typer exports no name for it
 OutFolder = Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")]
 
@@ -148,20 +150,18 @@ def _print_trajectory(trajectory: Trajectory) -> None:
 def inspect(bundle: OutFolder) -> None:
     """Show the partitions, the schedule and the predicted peak of a bundle."""
     manifest = Bundle.read(bundle).manifest
-    table = Table(title=f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}")
-    names = ("partition", "program", "weights file")  # never shortened: they are what people look for
-    for column in ("partition", "weights", "working", "inputs", "outputs", "MFLOP", "program", "weights file"):
-        table.add_column(column, justify="left" if column in names else "right", overflow="fold")
+    title = f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}; sizes in KiB"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    text = ("partition", "program", "weight files")
+    for column in ("partition", "weights", "working", "in", "out", "MFLOP", "program", "weight files"):
+        table.add_column(column, justify="left" if column in text else "right", no_wrap=True)
+    table.caption = "files by the first 8 digits of their names"
     for one in manifest.partitions:
-        sizes = (
-            one.weight_bytes,
-            one.working_bytes,
-            *(sum(t.size_bytes for t in s) for s in (one.inputs, one.outputs)),
-        )
-        table.add_row(
-            one.name, *map(format_bytes, sizes), f"{one.flops / 1e6:.1f}", one.program, "\n".join(one.weights) or "-"
-        )
-    console.print(table)
+        tensors = [sum(spec.size_bytes for spec in specs) for specs in (one.inputs, one.outputs)]
+        sizes = (f"{size / 1024:.0f}" for size in (one.weight_bytes, one.working_bytes, *tensors))
+        files = (Path(path).stem[:8] for path in (one.program, *one.weights))
+        table.add_row(one.name, *sizes, f"{one.flops / 1e6:.0f}", next(files), " ".join(files) or "-")
+    console.print(table, width=max(console.width, INSPECT_COLUMNS), crop=False)
     for stage in manifest.stages:
         for name, variant in stage.variants.items():
             console.print(

@@ -89,6 +89,11 @@ class Leap(Pass):
                 "flow_match, because any other is no drift along a straight line; leave the pass out"
             )
         for stage, variant, graph in program.graphs():
+            if graph.layout and graph.layout.frame_mask_input:
+                raise MovdcError(
+                    f"pass leap: {stage} ({variant}) takes a mask of frames as input {graph.layout.frame_mask_input}, "
+                    "which only a run knows; a leap needs every frame denoised from the start; leave the pass out"
+                )
             mask = graph.layout.frame_mask if graph.layout else None
             if mask is not None and not all(mask):
                 held = ", ".join(str(frame) for frame, denoised in enumerate(mask) if not denoised)

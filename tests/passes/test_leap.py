@@ -57,6 +57,15 @@ def _holding(program: Program, mask: tuple[bool, ...] | None) -> Program:
     return program.map_graphs({("denoiser", "plain"): replace(graph, layout=layout)})
 
 
+def test_refuses_a_mask_that_only_a_run_knows(toy: Callable[..., Program]) -> None:
+    program = _holding(toy(), None)
+    graph = program.stages[0].variants["plain"]
+    assert graph.layout is not None
+    masked = replace(graph, layout=replace(graph.layout, frame_mask_input="frame_mask"))
+    with pytest.raises(MovdcError, match="takes a mask of frames as input frame_mask"):
+        Leap()(program.map_graphs({("denoiser", "plain"): masked}))
+
+
 def _line(program: Program) -> str:
     return "\n" + next(line for line in print_program(program).splitlines() if line.startswith("sampler")) + "\n"
 
