@@ -161,7 +161,7 @@ def inspect(bundle: OutFolder) -> None:
         sizes = (f"{size / 1024:.0f}" for size in (one.weight_bytes, one.working_bytes, *tensors))
         files = (Path(path).stem[:8] for path in (one.program, *one.weights))
         table.add_row(one.name, *sizes, f"{one.flops / 1e6:.0f}", next(files), " ".join(files) or "-")
-    console.print(table, width=max(console.width, INSPECT_COLUMNS), crop=False)
+    Console(width=max(console.width, INSPECT_COLUMNS)).print(table)
     for stage in manifest.stages:
         for name, variant in stage.variants.items():
             console.print(
