@@ -3,10 +3,11 @@
 import hashlib
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import lowering
 import numpy as np
 import pytest
 import torch
@@ -14,24 +15,16 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import to_edge_transform_and_lower
 from executorch.extension.pybindings.portable_lib import _load_for_executorch_from_buffer
 from torch import Tensor
-from transformers import T5Config
 
 from movdc.compiler.bundle_writer import BundleWriter
 from movdc.compiler.lower import lower
-from movdc.compiler.pass_base import run_passes
 from movdc.compiler.pieces import Piece, split
-from movdc.compiler.program import Graph, Program
+from movdc.compiler.program import Program
 from movdc.compiler.target import Artifact
-from movdc.compiler.trace import trace
-from movdc.compiler.weights import RandomSource
-from movdc.models.opensora import TextEncoder
-from movdc.passes.pipeline import parse_pipeline
 from movdc.passes.share_templates import ShareTemplates
 from movdc.runtime import _engine
 from movdc.runtime.bundle import NUMPY_DTYPES, Partition, TensorSpec
 from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
-
-TOKENS = 12
 
 
 @dataclass(frozen=True)
@@ -45,39 +38,8 @@ class Counting(ExecutorchXnnpack):
         return super().emit(piece, directory)
 
 
-def _text_encoder(blocks: int) -> Graph:
-    """The graph of a T5 of tiny width, cut behind each block."""
-    config = T5Config(
-        d_model=16, d_kv=8, d_ff=32, num_heads=2, vocab_size=64, num_layers=blocks, feed_forward_proj="gated-gelu"
-    )
-    config._attn_implementation = "eager"
-    with torch.device("meta"):
-        shapes = {key: tuple(tensor.shape) for key, tensor in TextEncoder(config).state_dict().items()}
-    inputs = (
-        TensorSpec(name="input_ids", dtype="i64", shape=(1, TOKENS)),
-        TensorSpec(name="text_mask", dtype="f32", shape=(1, TOKENS)),
-    )
-    return trace(lambda: TextEncoder(config), inputs, ("text",), RandomSource(3, shapes).refs())
-
-
-def _cut(program: Program) -> Program:
-    """Cut behind the last sum of each block."""
-    graph = program.stages[0].variants["plain"]
-    last = {}
-    for node in graph.compute_nodes:
-        scopes = [scope for scope, _ in (node.meta.get("nn_module_stack") or {}).values()]
-        blocks = [scope for scope in scopes if scope.startswith("t5.encoder.block.") and scope.count(".") == 3]
-        if blocks and node.target is torch.ops.aten.add.Tensor and node.meta["val"].shape == (1, TOKENS, 16):
-            last[blocks[0]] = node.name
-    return program.map_graphs({("text_encoder", "plain"): replace(graph, cuts=tuple(last.values()))})
-
-
 def _compiled(blocks: int, program_of: Callable[..., Program]) -> Program:
-    graph = _text_encoder(blocks)
-    program = run_passes(
-        program_of(text_encoder=graph), parse_pipeline("canonicalize,split-to-slices,attention-to-bmm")
-    )
-    return ShareTemplates()(_cut(program)).program
+    return ShareTemplates()(lowering.program_of(blocks, program_of())).program
 
 
 def _own_program(piece: Piece, inputs: list[Tensor]) -> list[Tensor]:
@@ -142,7 +104,7 @@ def test_24_blocks_lower_once_and_run_as_their_own_programs(program_of: Callable
     generator = torch.Generator().manual_seed(5)
     for index in (0, 1, 2, 12, 23, 24):
         inputs = [
-            torch.randint(2, 60, spec.shape, generator=generator)
+            torch.randint(2, 250, spec.shape, generator=generator)
             if spec.dtype == "i64"
             else torch.randn(spec.shape, generator=generator)
             for spec in partitions[index].inputs
