@@ -102,8 +102,9 @@ class Pass(ABC):
     def identity(self) -> str:
         """Hash of source and options: two passes of one identity make the same program of the same program."""
         values = [(field.name, getattr(self, field.name)) for field in fields(self)]
-        source = inspect.getsource(inspect.getmodule(type(self)) or type(self))
-        return hashlib.sha256(f"{source}{values!r}".encode()).hexdigest()
+        ours = [one for one in type(self).__mro__ if issubclass(one, Pass)]  # a base that changes, changes its passes
+        sources = [inspect.getsource(inspect.getmodule(one) or one) for one in ours]
+        return hashlib.sha256(f"{sources}{values!r}".encode()).hexdigest()
 
 
 def _print_option(value: Option) -> str:

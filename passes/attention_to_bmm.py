@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
-from movdc.compiler.pass_base import Pass, PassResult
-from movdc.compiler.program import Program, value_of
+from movdc.compiler.node_pass import NodePass
+from movdc.compiler.program import value_of
 from movdc.compiler.trace import insert_after
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class AttentionToBmm(Pass):
+class AttentionToBmm(NodePass):
     """Rewrite attention and products of stacked matrices so that delegates take them whole.
 
     Before:  %y: f32[B,h,N,d] = aten.scaled_dot_product_attention(%q, %k, %v, %mask)
@@ -37,22 +37,18 @@ class AttentionToBmm(Pass):
     # Merging finds attentions by their operator; canonicalize makes their masks finite.
     after: ClassVar[tuple[str, ...]] = ("merge-tokens", "canonicalize")
 
-    def apply(self, program: Program) -> PassResult:
-        """Rewrite every attention and product that qualifies."""
-        changed = {}
-        count = 0
-        for stage, variant, graph in program.graphs():
-            names = [node.name for node in graph.compute_nodes if _is_attention(node) or _is_product(node)]
-            if names:
-                copied = graph.copy()
-                for node in copied.nodes:
-                    if node.name in names:
-                        made = _attention(node) if _is_attention(node) else _product(node)
-                        node.replace_all_uses_with(made)
-                        copied.erase_node(node)
-                changed[stage, variant] = replace(graph, graph=copied)
-                count += len(names)
-        return PassResult(program.map_graphs(changed), bool(changed), f"{count} attentions and products rewritten")
+    rewrites: ClassVar[str] = "attentions and products"
+
+    @staticmethod
+    def qualifies(node: fx.Node) -> bool:
+        """An attention with a mask of numbers or none, or a product of equal stacks."""
+        return _is_attention(node) or _is_product(node)
+
+    @staticmethod
+    def rewrite(node: fx.Node) -> None:
+        """Compute it with bmm."""
+        node.replace_all_uses_with(_attention(node) if _is_attention(node) else _product(node))
+        node.graph.erase_node(node)
 
 
 def _is_attention(node: fx.Node) -> bool:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from movdc.compiler.pass_base import Pass, PassResult
-from movdc.compiler.program import Program
+from movdc.compiler.node_pass import NodePass
 from movdc.compiler.trace import insert_after
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class GeluToTanh(Pass):
+class GeluToTanh(NodePass):
     """Rewrite GELU's tanh approximation as the products and the tanh that it is.
 
     Before:  %y = aten.gelu(%x, approximate='tanh')
@@ -33,32 +32,21 @@ class GeluToTanh(Pass):
     exact: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("merge-tokens",)  # which aligns two traces, as they were traced
 
-    def apply(self, program: Program) -> PassResult:
-        """Rewrite every such GELU."""
-        changed = {}
-        count = 0
-        for stage, variant, graph in program.graphs():
-            names = {node.name for node in graph.compute_nodes if _qualifies(node)}
-            if names:
-                copied = graph.copy()
-                for node in copied.nodes:
-                    if node.name in names:
-                        _rewrite(node)
-                changed[stage, variant] = replace(graph, graph=copied)
-                count += len(names)
-        return PassResult(program.map_graphs(changed), bool(changed), f"{count} GELUs rewritten")
+    rewrites: ClassVar[str] = "GELUs"
 
+    @staticmethod
+    def qualifies(node: fx.Node) -> bool:
+        """The approximation alone."""
+        return node.target is aten.gelu.default and node.kwargs.get("approximate") == "tanh"
 
-def _qualifies(node: fx.Node) -> bool:
-    return node.target is aten.gelu.default and node.kwargs.get("approximate") == "tanh"
-
-
-def _rewrite(node: fx.Node) -> None:
-    x, scale = node.args[0], math.sqrt(2 / math.pi)
-    call = insert_after(node)
-    square = call(aten.mul.Tensor, x, x)
-    slope = call(aten.add.Tensor, call(aten.mul.Tensor, square, 0.044715 * scale), scale)
-    tanh = call(aten.tanh.default, call(aten.mul.Tensor, x, slope))
-    made = call(aten.mul.Tensor, call(aten.mul.Tensor, x, 0.5), call(aten.add.Tensor, tanh, 1.0))
-    node.replace_all_uses_with(made)
-    node.graph.erase_node(node)
+    @staticmethod
+    def rewrite(node: fx.Node) -> None:
+        """Spell it out."""
+        x, scale = node.args[0], math.sqrt(2 / math.pi)
+        call = insert_after(node)
+        square = call(aten.mul.Tensor, x, x)
+        slope = call(aten.add.Tensor, call(aten.mul.Tensor, square, 0.044715 * scale), scale)
+        tanh = call(aten.tanh.default, call(aten.mul.Tensor, x, slope))
+        made = call(aten.mul.Tensor, call(aten.mul.Tensor, x, 0.5), call(aten.add.Tensor, tanh, 1.0))
+        node.replace_all_uses_with(made)
+        node.graph.erase_node(node)

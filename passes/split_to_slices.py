@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
-from movdc.compiler.pass_base import Pass, PassResult
-from movdc.compiler.program import Program, value_of
+from movdc.compiler.node_pass import NodePass
+from movdc.compiler.program import value_of
 from movdc.compiler.trace import insert_after
 
 aten = torch.ops.aten
 
 
 @dataclass(frozen=True)
-class SplitToSlices(Pass):
+class SplitToSlices(NodePass):
     """Rewrite splits so that every node has one result.
 
     Before:  %s: (f32[2,128], f32[2,128]) = aten.split(%x, 128, -1)
@@ -31,36 +31,25 @@ class SplitToSlices(Pass):
     exact: ClassVar[bool] = True
     after: ClassVar[tuple[str, ...]] = ("merge-tokens",)  # which aligns two traces, as they were traced
 
-    def apply(self, program: Program) -> PassResult:
-        """Rewrite every split whose results are picked one by one."""
-        changed = {}
-        count = 0
-        for stage, variant, graph in program.graphs():
-            names = {node.name for node in graph.compute_nodes if _qualifies(node)}
-            if names:
-                copied = graph.copy()
-                for node in copied.nodes:
-                    if node.name in names:
-                        _rewrite(node)
-                changed[stage, variant] = replace(graph, graph=copied)
-                count += len(names)
-        return PassResult(program.map_graphs(changed), bool(changed), f"{count} splits rewritten")
+    rewrites: ClassVar[str] = "splits"
 
+    @staticmethod
+    def qualifies(node: fx.Node) -> bool:
+        """A split whose results are picked one by one."""
+        splits = (aten.split.Tensor, aten.split_with_sizes.default)
+        return node.target in splits and all(user.target.__name__ == "getitem" for user in node.users)
 
-def _qualifies(node: fx.Node) -> bool:
-    splits = (aten.split.Tensor, aten.split_with_sizes.default)
-    return node.target in splits and all(user.target.__name__ == "getitem" for user in node.users)
-
-
-def _rewrite(node: fx.Node) -> None:
-    source = node.args[0]
-    dim = (node.args[2] if len(node.args) > 2 else 0) % value_of(source).dim()
-    ends = [0]
-    for part in node.meta["val"]:
-        ends.append(ends[-1] + int(part.shape[dim]))
-    for pick in list(node.users):
-        index = pick.args[1] % len(node.meta["val"])
-        made = insert_after(pick)(aten.slice.Tensor, source, dim, ends[index], ends[index + 1])
-        pick.replace_all_uses_with(made)
-        node.graph.erase_node(pick)
-    node.graph.erase_node(node)
+    @staticmethod
+    def rewrite(node: fx.Node) -> None:
+        """Cut a slice for each pick."""
+        source = node.args[0]
+        dim = (node.args[2] if len(node.args) > 2 else 0) % value_of(source).dim()
+        ends = [0]
+        for part in node.meta["val"]:
+            ends.append(ends[-1] + int(part.shape[dim]))
+        for pick in list(node.users):
+            index = pick.args[1] % len(node.meta["val"])
+            made = insert_after(pick)(aten.slice.Tensor, source, dim, ends[index], ends[index + 1])
+            pick.replace_all_uses_with(made)
+            node.graph.erase_node(pick)
+        node.graph.erase_node(node)
