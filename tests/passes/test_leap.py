@@ -70,7 +70,7 @@ def _line(program: Program) -> str:
     return "\n" + next(line for line in print_program(program).splitlines() if line.startswith("sampler")) + "\n"
 
 
-def test_writes_the_rule_and_nothing_else(toy: Callable[..., Program]) -> None:
+def test_golden_text_the_rule_and_nothing_else(toy: Callable[..., Program]) -> None:
     before = toy()
     result = Leap(step=15)(before)
     assert _line(before) == BEFORE
@@ -206,7 +206,7 @@ def test_the_runtime_leaps_when_the_plan_says(steps: int, rule: LeapRule) -> Non
 
 
 @pytest.mark.slow
-def test_the_frames_of_the_example_are_within_the_figure(
+def test_numbers_of_the_example_are_within_the_figure(
     example_program: Program, run_graph: Callable[..., list[torch.Tensor]]
 ) -> None:
     recorded = load_file(TINY / "golden_1.safetensors")

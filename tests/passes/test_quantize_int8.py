@@ -349,7 +349,8 @@ def lowered(tmp_path: Path) -> Callable[[Graph], Lowered]:
         target = ExecutorchXnnpack()
         (piece,) = split(graph)
         artifact = target.emit(piece, tmp_path)
-        constants = target.write_weights(artifact.slots, tmp_path / "own.ptd")
+        refs = {weight.name: weight.ref for weight in piece.weights}
+        constants = target.write_weights(artifact.slots, refs, tmp_path / "own.ptd")
         module = _load_for_executorch(str(artifact.program), str(tmp_path / "own.ptd"))
         size = sum(constant.size_bytes for constant in constants)
         return lambda *inputs: module.forward(inputs)[0].clone(), artifact.program.read_bytes(), size
