@@ -51,7 +51,7 @@ def _partials(out: Path) -> list[Path]:
 
 
 def _programs(out: Path) -> int:
-    return sum(len(list(partial.glob("programs/*"))) for partial in _partials(out))
+    return sum(len(list(partial.rglob("*.pte"))) for partial in _partials(out))
 
 
 def _compile_and_kill(spec: Path, out: Path, reached: Callable[[], bool]) -> int:
