@@ -16,8 +16,8 @@ from movdc.runtime.executor import Executor
 from movdc.runtime.generate import Generator, Result
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny"
-MAX_RELATIVE_ERROR = 1e-2
-MIN_PSNR_DB = 40
+MAX_RELATIVE_ERROR = 1e-4  # another order of summation gives about 1e-6
+MIN_PSNR_DB = 60
 PROMPTS, MIN_RIGHT = 48, 46
 Movdc = Callable[..., CompletedProcess[str]]
 pytestmark = pytest.mark.slow
