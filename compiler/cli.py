@@ -187,18 +187,20 @@ def _quantization_table(errors: Sequence[LayerError]) -> Table:
 
 @app.command("passes")
 def passes_() -> None:
-    """List the passes: options with their defaults, exactness, paper."""
+    """List the passes in the order in which they run: options with their defaults, exactness, paper."""
+    from movdc.compiler.pass_base import print_option
     from movdc.passes.pipeline import DEFAULT, PASSES
 
-    table = Table(title="passes, in the order in which they run")
-    for column in ("pass", "does", "options", "exact", "paper"):
-        table.add_column(column)
     for name, one in PASSES.items():
-        options = "\n".join(f"{key}={value}" for key, value in one.options().items())
         sentence = (one.__doc__ or "").splitlines()[0]
-        always = "" if one in DEFAULT else " (when asked for)"
-        table.add_row(name + always, sentence, options, "yes" if one.exact else f"no: {one.figure}", one.paper)
-    console.print(table)
+        options = ", ".join(f"{key}={print_option(value)}" for key, value in one.options().items())
+        lines = [
+            f"[bold]{name}[/bold]{'' if one in DEFAULT else ' (when asked for)'}: {sentence}",
+            f"    options: {options}" if options else "",
+            "    exact" if one.exact else f"    not exact: {one.figure}",
+            f"    {one.paper}" if one.paper else "",
+        ]
+        console.print("\n".join(filter(None, lines)), highlight=False, soft_wrap=True)
 
 
 @app.command()

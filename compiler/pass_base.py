@@ -74,7 +74,7 @@ class Pass(ABC):
 
     def __str__(self) -> str:
         options = [
-            f"{field.name}={_print_option(getattr(self, field.name))}"
+            f"{field.name}={print_option(getattr(self, field.name))}"
             for field in fields(self)
             if field.default is MISSING or getattr(self, field.name) != field.default
         ]
@@ -107,7 +107,8 @@ class Pass(ABC):
         return hashlib.sha256(f"{sources}{values!r}".encode()).hexdigest()
 
 
-def _print_option(value: Option) -> str:
+def print_option(value: object) -> str:
+    """An option's value as the text of a pipeline has it."""
     if isinstance(value, bool):
         return str(value).lower()
     return "|".join(value) if isinstance(value, tuple) else str(value)
