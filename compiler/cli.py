@@ -84,7 +84,10 @@ def compile_(
     machine = Machine.of(profile, budget_bytes, chosen.load_copies)
     resolved = {"target": chosen.name, "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
     spec_file.spec = spec_file.spec.model_copy(update=resolved)
-    phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes))
+    try:
+        phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes))
+    except MovdcError as error:
+        raise (error if passes else spec_file.error("passes", str(error))) from None
 
     def note(name: str, text: str) -> None:
         console.print(f"[bold]{name}[/bold]: {text}", highlight=False)

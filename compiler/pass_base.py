@@ -119,7 +119,7 @@ def _parse_option(where: str, hint: Any, value: Any) -> Option:
     if value == "None":
         value = None
     elif isinstance(value, str) and "tuple" in str(hint):
-        value = tuple(value.split("|"))
+        value = tuple(value.split("|")) if value else ()
     try:
         parsed: Option = TypeAdapter(hint).validate_python(value)
     except ValidationError as error:

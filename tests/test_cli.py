@@ -45,6 +45,10 @@ def example_with(tmp_path: Path, example: Path) -> Callable[[str, str], Path]:
         pytest.param("family: opensora-1.2", "family: sora", "family: unknown .*opensora-1.2", id="family"),
         pytest.param("target: executorch-xnnpack", "target: abacus", "target: unknown .*executorch", id="target"),
         pytest.param("device: host", "device: pdp11", "device: unknown .*iphone-15-pro", id="device"),
+        pytest.param("device: host", "passes: {merge: {}}", "passes: unknown pass 'merge'; .*leap", id="pass"),
+        pytest.param(
+            "device: host", "passes: {leap: {step: many}}", "passes: pass leap: option step: .*got 'many'", id="option"
+        ),
         pytest.param("frames: 34", "frames: 9", "video.frames: 9 is neither 1 nor at least 17", id="frames"),
         pytest.param("tiny/denoiser", "none/denoiser", "denoiser.weights: no folder .*config.json", id="no folder"),
         pytest.param("checkpoints/tiny/vae", "someone/some-model", "vae.weights: .*config.json.*folder", id="no hub"),
