@@ -130,9 +130,9 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine) -> Costs:
     done = np.cumsum([0, *chain.flops])[chosen]
     return Costs(
         machine=machine,
-        before_bytes=chain.input_bytes + before,
+        before_bytes=chain.input_bytes + machine.slab_bytes + before,
         held_bytes=held,
-        running_bytes=chain.input_bytes + running + held,
+        running_bytes=chain.input_bytes + machine.slab_bytes + running + held,
         run_s=machine.run_s(1) * np.maximum(done[None, :] - done[:, None], 0),
     )
 

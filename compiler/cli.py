@@ -8,10 +8,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
@@ -22,9 +22,12 @@ from rich.table import Table
 
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.units import format_bytes, parse_bytes
-from movdc.runtime.bundle import Bundle, LayerError
+from movdc.runtime.bundle import Bundle, LayerError, Variant
 from movdc.runtime.errors import RunError
 from movdc.runtime.sampler import Trajectory
+
+if TYPE_CHECKING:
+    from movdc.runtime._engine import RunReport
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -112,18 +115,40 @@ def run(
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
     noise: Annotated[Path | None, typer.Option(help="Start from this .npy instead of the seed.")] = None,
     save_latents: Annotated[Path | None, typer.Option(help="Write the final latents here (.npy).")] = None,
+    mode: Annotated[
+        str, typer.Option(help="dynamic (what fits stays loaded), concurrent (one loads while one runs), sequential.")
+    ] = "dynamic",
+    memory_budget: Annotated[
+        str | None, typer.Option(help="Memory for weights and tensors; by default what it was compiled for.")
+    ] = None,
+    packed_cache: Annotated[
+        Path | None, typer.Option(help="Keep packed weights here; by default in the user's cache folder.")
+    ] = None,
+    no_packed_cache: Annotated[
+        bool, typer.Option("--no-packed-cache", help="Pack weights at each load; writes nothing.")
+    ] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write what both lanes did here, for Perfetto (.json).")] = None,
 ) -> None:
     """Make a video with a bundle."""
     start = time.perf_counter()
-    from movdc.runtime.executor import Executor
+    from movdc.runtime.executor import MODES, Executor
     from movdc.runtime.generate import Generator
     from movdc.runtime.video import write_contact_sheet, write_mp4
 
     read = Bundle.read(bundle)
     fps = read.manifest.video.fps
     given = None if noise is None else _load_noise(noise)
+    if mode not in MODES:
+        raise RunError(f"--mode: unknown {mode!r}; there are {', '.join(MODES)}")
+    packed = None if no_packed_cache else packed_cache or Path(typer.get_app_dir("movdc")) / "packed"
     with _progress() as progress:
-        executor = Executor(read)
+        executor = Executor(
+            read,
+            mode=mode,
+            memory_budget=_bytes("--memory-budget", memory_budget),
+            packed_cache=packed,
+            keeps_trace=trace is not None,
+        )
         result = Generator(read, executor).generate(
             prompt, seed=seed, noise=given, steps=steps, on_progress=_Bars(progress)
         )
@@ -134,7 +159,10 @@ def run(
         np.save(save_latents, result.latents)
     write_mp4(out, result.frames, fps)
     write_contact_sheet(out.with_suffix(".png"), result.frames, fps, prompt)
+    if trace is not None:
+        trace.write_text(executor.trace())
     _print_trajectory(result.trajectory)
+    _print_reports(executor.reports)
     parts = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     console.print(f"{out} and {out.with_suffix('.png')}: {parts}; {time.perf_counter() - start:.1f} s in all")
 
@@ -147,6 +175,23 @@ def _print_trajectory(trajectory: Trajectory) -> None:
     console.print(f"{trajectory.evaluations} evaluations{leap}", highlight=False)
     cosines = " ".join("-" if math.isnan(cosine) else f"{cosine:.4f}" for cosine in trajectory.cosines)
     console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
+
+
+def _print_reports(reports: Mapping[str, Sequence[RunReport]]) -> None:
+    """What each stage took on both lanes, and what it held."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("stage", "runs", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for stage, some in reports.items():
+        wall_s, load_s, run_s, wait_s = (
+            sum(getattr(one, name) for one in some) for name in ("wall_s", "load_s", "run_s", "wait_s")
+        )
+        hidden = f"{max(0.0, 1 - wait_s / load_s):.0%}" if load_s > 0 else "-"  # of loading, behind running
+        times = (f"{seconds:.2f} s" for seconds in (wall_s, load_s, run_s, wait_s))
+        peak, read = max(one.peak_bytes for one in some), sum(one.read_bytes for one in some)
+        stay = str(len(some[-1].pinned))
+        table.add_row(stage, str(len(some)), *times, hidden, format_bytes(peak), stay, format_bytes(read))
+    Console(width=max(console.width, INSPECT_COLUMNS)).print(table)
 
 
 @app.command()
@@ -168,12 +213,23 @@ def inspect(bundle: OutFolder) -> None:
     for stage in manifest.stages:
         for name, variant in stage.variants.items():
             console.print(
-                f"{stage.name} ({name}), {stage.cadence}: {len(variant.schedule)} instructions, "
-                f"peak {format_bytes(variant.peak_bytes)}"
+                f"{stage.name} ({name}), {stage.cadence}: {len(variant.order)} partitions, "
+                f"peak {format_bytes(variant.peak_bytes)}, {_kept(variant, manifest.budget_bytes)}"
             )
     if manifest.quantization:
         console.print(_quantization_table(manifest.quantization))
     console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")
+
+
+def _kept(variant: Variant, budget_bytes: int) -> str:
+    """What the budget lets stay loaded, and what would let everything stay."""
+    level = [level for level in variant.residency if level.needs_bytes <= budget_bytes][-1]
+    ahead = "one ahead" if level.prefetch else "none ahead"
+    waiting = f", {len(level.waits)} wait" if level.waits else ""
+    return (
+        f"{len(level.pinned)} stay, {ahead}{waiting}; levels of residency from "
+        f"{format_bytes(variant.residency[0].needs_bytes)} to {format_bytes(variant.residency[-1].needs_bytes)}"
+    )
 
 
 def _quantization_table(errors: Sequence[LayerError]) -> Table:

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from movdc.compiler.bundle_writer import new_bundle
+from movdc.compiler.checker import check_manifest
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
@@ -46,6 +47,7 @@ def compile_bundle(
             device=program.spec.device,
             budget_bytes=machine.budget_bytes,
             peak_bytes=max(variant.peak_bytes for stage in stages for variant in stage.variants.values()),
+            slab_bytes=machine.slab_bytes,
             video=_video(program),
             prompt=program.prompt,
             sampler=program.sampler,
@@ -60,6 +62,7 @@ def compile_bundle(
             versions={"movdc": version("movdc"), "torch": version("torch"), "executorch": version("executorch")}
             | {"python": platform.python_version()},
         )
+        check_manifest(manifest)
         writer.finish(manifest)
     return manifest
 

@@ -11,6 +11,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from movdc.compiler.units import parse_bytes
 
+SLAB_BYTES = 256 * 1024  # a read of this size costs no more a byte than a larger one (docs/loading.md)
+
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
@@ -40,6 +42,7 @@ class Machine:
     compute_flops_per_s: float
     load_overhead_s: float
     load_copies: float  # bytes held while loading, per byte of weights
+    slab_bytes: int = 0  # what the engine reads files through, held all the time
 
     @classmethod
     def of(cls, profile: DeviceProfile, budget_bytes: int | None, load_copies: float) -> Machine:
@@ -50,6 +53,7 @@ class Machine:
             profile.compute_flops_per_s,
             profile.load_overhead_s,
             load_copies,
+            SLAB_BYTES,
         )
 
     def load_s(self, weight_bytes: float) -> float:

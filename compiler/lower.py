@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from movdc.compiler.bundle_writer import BundleWriter
 from movdc.compiler.emit import emit_all
 from movdc.compiler.pieces import Piece, split
-from movdc.compiler.program import Graph, Program
-from movdc.compiler.schedule import check, sequential
+from movdc.compiler.program import Program
+from movdc.compiler.residency import Chain, variant_of
 from movdc.compiler.target import Artifact, Target
-from movdc.runtime.bundle import Partition, Stage, Variant
+from movdc.runtime.bundle import Partition, Stage
 
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
 
@@ -22,7 +22,7 @@ def lower(
 ) -> tuple[tuple[Stage, ...], tuple[Partition, ...]]:
     """Lower each template once, in `jobs` processes, and write the weights of every partition.
 
-    Raises InternalError, or BudgetError, for a schedule that does not keep what it promises.
+    Raises BudgetError if no level of residency fits the budget.
     """
     pieces = {(stage, variant): split(graph) for stage, variant, graph in program.graphs()}
     templates: dict[str, Piece] = {}
@@ -51,7 +51,10 @@ def lower(
                         _partition(_name(stage.name, variant, index), piece, programs[template], weights, target)
                     )
                     progress("weights", len(made), total)
-                variants[variant] = _variant(graph, made[first:], program.machine.budget_bytes)
+                chain = Chain.of(made[first:], graph.inputs, program.machine.slab_bytes)
+                variants[variant] = variant_of(
+                    chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
+                )
             stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
     return tuple(stages), tuple(made)
 
@@ -87,10 +90,3 @@ def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], 
         working_bytes=piece.working_bytes,
         flops=piece.flops,
     )
-
-
-def _variant(graph: Graph, partitions: Sequence[Partition], budget_bytes: int) -> Variant:
-    schedule = sequential(partitions)
-    by_name = {partition.name: partition for partition in partitions}
-    peak_bytes = check(schedule, by_name, graph.inputs, graph.outputs, budget_bytes)
-    return Variant(inputs=graph.inputs, outputs=graph.outputs, schedule=schedule, peak_bytes=peak_bytes)

@@ -89,7 +89,7 @@ class WeightsFile(_Record):
 class Partition(_Record):
     """A piece of a stage that is loaded, run and freed as one."""
 
-    name: str  # STAGE.VARIANT.INDEX
+    name: str = Field(pattern=r"^[\w.-]+$")  # STAGE.VARIANT.INDEX
     program: BundlePath
     weights: tuple[BundlePath, ...]  # WeightsFile.path of each file that it reads constants from
     inputs: tuple[TensorSpec, ...]  # in the order of the program's arguments
@@ -101,11 +101,34 @@ class Partition(_Record):
     flops: int  # 2 x multiply-adds of matrix products and convolutions
 
 
-class Instruction(_Record):
-    """One step of a schedule."""
+class Residency(_Record):
+    """One level of memory, and how a variant runs within it.
 
-    op: Literal["load", "run", "free"]
+    Partitions of `pinned` stay loaded from run to run. The others are *transient*: each is loaded, run once and freed,
+    and at most 1 + `prefetch` of them are loaded or loading at a time; one of `waits` is loaded only when no other
+    transient one is there. Loads happen in the order of the runs and go on with the first partitions of the next run.
+    """
+
+    needs_bytes: int  # the most bytes held at any moment of any interleaving of the two lanes
+    prefetch: int = Field(ge=0)
+    pinned: tuple[str, ...] = ()
+    waits: tuple[str, ...] = ()
+
+
+class Interval(_Record):
+    """One row of the certificate: what is held until a partition has loaded, or from then until it has run."""
+
     partition: str
+    phase: Literal["load", "run"]
+    weights_bytes: int  # of the partitions that are loaded, as held
+    loading_bytes: int  # of the one that may be loading meanwhile, and the slab that files are read through
+    activation_bytes: int  # tensors of the stage and between partitions
+    scratch_bytes: int  # what the running program needs for itself
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything held."""
+        return self.weights_bytes + self.loading_bytes + self.activation_bytes + self.scratch_bytes
 
 
 class Variant(_Record):
@@ -113,8 +136,10 @@ class Variant(_Record):
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
-    schedule: tuple[Instruction, ...]
-    peak_bytes: int
+    order: tuple[str, ...]  # the partitions, as they run
+    residency: tuple[Residency, ...] = Field(min_length=1)  # from the least memory to the most; the first pins nothing
+    certificate: tuple[Interval, ...]  # of the last row of residency that fits the budget
+    peak_bytes: int  # its needs_bytes
 
 
 class Stage(_Record):
@@ -219,6 +244,7 @@ class Manifest(_Record):
     device: str
     budget_bytes: int
     peak_bytes: int
+    slab_bytes: int = Field(ge=4096)  # the buffer that the engine reads files through
     video: Video
     prompt: Prompt
     sampler: Sampler
@@ -238,9 +264,7 @@ class Manifest(_Record):
         files, weights = {file.path for file in self.files}, {file.path for file in self.weights}
         partitions = {partition.name for partition in self.partitions}
         wanted = {self.prompt.tokenizer, *weights, *(partition.program for partition in self.partitions)}
-        steps = {
-            step.partition for stage in self.stages for variant in stage.variants.values() for step in variant.schedule
-        }
+        steps = {name for stage in self.stages for variant in stage.variants.values() for name in variant.order}
         unknown = (wanted - files) | ({path for one in self.partitions for path in one.weights} - weights)
         unknown |= steps - partitions
         if unknown:

@@ -17,3 +17,11 @@ class PartitionError(RunError):
 
 class InputError(RunError):
     """A tensor given to a stage has the wrong name, type or shape."""
+
+
+class BudgetError(RunError):
+    """The memory budget, or the memory that is left, does not hold what the stage needs at least."""
+
+
+class CancelledError(RunError):
+    """The run was cancelled."""

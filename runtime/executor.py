@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 
 from movdc.runtime import _engine
-from movdc.runtime.bundle import NUMPY_DTYPES, Bundle, Instruction, TensorSpec
-from movdc.runtime.errors import BundleError, InputError, PartitionError
+from movdc.runtime._engine import RunReport
+from movdc.runtime.bundle import NUMPY_DTYPES, Bundle, TensorSpec
+from movdc.runtime.errors import BudgetError, BundleError, CancelledError, InputError, PartitionError
 
 Array = np.ndarray[Any, Any]
+Mode = Literal["sequential", "concurrent", "dynamic"]
+MODES: dict[Mode, _engine.Mode] = {
+    "sequential": _engine.Mode.sequential,
+    "concurrent": _engine.Mode.concurrent,
+    "dynamic": _engine.Mode.dynamic,
+}
+PACKED_LIMIT_BYTES = 64 * 10**9  # of the packed weights that are kept, of all bundles together
 
 
 class Executor:
-    """Runs the stages of one bundle; every file is checked when it is made (BundleError)."""
+    """Runs the stages of one bundle; every file is checked when it is made (BundleError).
 
-    def __init__(self, bundle: Bundle) -> None:
+    `memory_budget` is for everything the engine holds, in bytes; None is what the bundle was compiled for. Packed
+    weights are kept in the folder `packed_cache`, from one load to the next and from one process to the next; None
+    keeps none. One thread runs stages; `cancel` and `relieve` may come from any thread.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        mode: Mode = "dynamic",
+        memory_budget: int | None = None,
+        packed_cache: Path | None = None,
+        keeps_trace: bool = False,
+    ) -> None:
         self._bundle = bundle
+        self.reports: dict[str, list[RunReport]] = {}  # of every run, by stage
         manifest = bundle.manifest
         weights = {
             file.path: _engine.WeightsRecord(
@@ -40,49 +64,86 @@ class Executor:
             )
             for p in manifest.partitions
         ]
+        variants = [
+            _engine.VariantRecord(
+                stage.name,
+                name,
+                [_record(spec) for spec in variant.inputs],
+                [_record(spec) for spec in variant.outputs],
+                variant.order,
+                [_engine.ResidencyRecord(r.needs_bytes, r.prefetch, r.pinned, r.waits) for r in variant.residency],
+            )
+            for stage in manifest.stages
+            for name, variant in stage.variants.items()
+        ]
         files = [_engine.FileRecord(file.path, file.size_bytes, file.sha256) for file in manifest.files]
-        try:
-            self._engine = _engine.Engine(str(bundle.root), files, partitions)
-        except _engine.FileError as error:
-            raise BundleError(f"{bundle.root}: {error}") from None
+        options = _engine.Options(
+            mode=MODES[mode],
+            budget_bytes=manifest.budget_bytes if memory_budget is None else memory_budget,
+            packed_cache="" if packed_cache is None else str(packed_cache),
+            packed_cache_limit_bytes=PACKED_LIMIT_BYTES,
+            keeps_trace=keeps_trace,
+        )
+        with self._errors():
+            self._engine = _engine.Engine(str(bundle.root), files, partitions, variants, manifest.slab_bytes, options)
 
     @property
     def peak_bytes(self) -> int:
-        """The most bytes held by the engine's books during the last run."""
+        """The most bytes held by the engine's books in any run so far."""
         return self._engine.peak_bytes
 
     def read_file(self, path: str) -> bytes:
         """The checked bytes of a file of the bundle."""
-        try:
+        with self._errors():
             return self._engine.read_file(path)
-        except _engine.FileError as error:
-            raise BundleError(f"{self._bundle.root}: {error}") from None
 
-    def run(
-        self,
-        stage: str,
-        variant: str,
-        inputs: Mapping[str, Array],
-        on_instruction: Callable[[Instruction], None] | None = None,
-    ) -> dict[str, Array]:
-        """Run one stage; raises InputError, BundleError or PartitionError, and passes on what the callback raises."""
+    def run(self, stage: str, variant: str, inputs: Mapping[str, Array], then: str | None = None) -> dict[str, Array]:
+        """Run one stage; raises InputError, BundleError, PartitionError, BudgetError or CancelledError.
+
+        `then` is the variant of the same stage that runs next, if one does: its first partitions load meanwhile.
+        """
         plan = self._bundle.stages[stage].variants[variant]
         prepared = {spec.name: _checked(stage, spec, inputs) for spec in plan.inputs}
         if unknown := sorted(set(inputs) - set(prepared)):
             raise InputError(f"{stage}: has no input {unknown[0]!r}; its inputs are {', '.join(prepared)}")
         outputs = {spec.name: np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in plan.outputs}
+        with self._errors():
+            self._engine.run(stage, variant, prepared, outputs, then or "")
+            self.reports.setdefault(stage, []).append(self._engine.report(stage))
+        return outputs
 
-        def after(index: int) -> None:
-            if on_instruction is not None:
-                on_instruction(plan.schedule[index])
+    def trace(self) -> str:
+        """All events so far in Chrome's trace format, if they are kept: a JSON that Perfetto shows."""
+        return self._engine.trace()
 
+    def set_budget(self, memory_budget: int) -> None:
+        """Give the engine another budget in bytes, from the next run on."""
+        self._engine.set_budget(memory_budget)
+
+    def relieve(self, pressure: Literal["warning", "critical"]) -> None:
+        """Free half of what stays loaded, or all of it, at once or after the partition that runs now."""
+        self._engine.relieve(_engine.Pressure.warning if pressure == "warning" else _engine.Pressure.critical)
+
+    def cancel(self) -> None:
+        """Make the run in progress raise CancelledError after the partition that runs now."""
+        self._engine.cancel()
+
+    def release(self) -> None:
+        """Free everything that is loaded."""
+        self._engine.release()
+
+    @contextmanager
+    def _errors(self) -> Iterator[None]:
         try:
-            self._engine.run([(step.op, step.partition) for step in plan.schedule], prepared, outputs, after)
+            yield
         except _engine.FileError as error:
             raise BundleError(f"{self._bundle.root}: {error}") from None
+        except _engine.BudgetError as error:
+            raise BudgetError(f"{error}; raise the memory budget, or free memory") from None
+        except _engine.CancelledError as error:
+            raise CancelledError(str(error)) from None
         except (_engine.PartitionError, _engine.ScheduleError) as error:
             raise PartitionError(f"{error}; compile the bundle again, on the versions it names") from None
-        return outputs
 
 
 def _record(spec: TensorSpec) -> _engine.TensorRecord:

@@ -22,8 +22,8 @@ Progress = Callable[[str, int, int], None]  # stage, done so far, in all
 class StageRunner(Protocol):
     """What a generator needs of an executor."""
 
-    def run(self, stage: str, variant: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run one stage."""
+    def run(self, stage: str, variant: str, inputs: Mapping[str, Array], then: str | None = None) -> dict[str, Array]:
+        """Run one stage; `then` is the variant of the same stage that runs next, if one does."""
 
     def read_file(self, path: str) -> bytes:
         """The checked bytes of a file of the bundle."""
@@ -74,10 +74,15 @@ class Generator:
         on_progress("text_encoder", 1, 1)
         seconds["text_encoder"] = time.perf_counter() - start
 
-        def denoise(z: Array, timestep: Array, step: int) -> Array:
+        def variant(step: int) -> str | None:
+            if step == sampler.units[0]:
+                return None
             merged = step < sampler.merged_steps and "merged" in self._denoiser_variants
+            return "merged" if merged else "plain"
+
+        def denoise(z: Array, timestep: Array, step: int) -> Array:
             inputs = {"latents": z, "timestep": timestep, "text": states, "text_mask": text_mask}
-            return run("denoiser", "merged" if merged else "plain", inputs)["velocity"]
+            return run("denoiser", variant(step) or "plain", inputs, variant(step + 1))["velocity"]
 
         start = time.perf_counter()
         latents, trajectory = sample(denoise, noise, sampler, lambda done, total: on_progress("denoiser", done, total))
@@ -95,7 +100,8 @@ class Generator:
         begin = 0
         for index, chunk in enumerate(decode.chunks):
             part = np.ascontiguousarray(latents[:, :, begin : begin + chunk.latent_frames])
-            chunks.append(self._executor.run("vae_temporal", chunk.variant, {"latents": part})["frames"])
+            then = decode.chunks[index + 1].variant if index + 1 < len(decode.chunks) else None
+            chunks.append(self._executor.run("vae_temporal", chunk.variant, {"latents": part}, then)["frames"])
             begin += chunk.latent_frames
             on_progress("vae_temporal", index + 1, len(decode.chunks))
         frames = np.concatenate(chunks, axis=2)[0].transpose(1, 0, 2, 3)  # [N, C, h, w]
@@ -105,7 +111,8 @@ class Generator:
         pixels = []
         for first in range(0, len(padded), batch):
             part = np.ascontiguousarray(padded[first : first + batch])
-            pixels.append(self._executor.run("vae_spatial", "plain", {"frames": part})["pixels"])
+            then = "plain" if first + batch < len(padded) else None
+            pixels.append(self._executor.run("vae_spatial", "plain", {"frames": part}, then)["pixels"])
             on_progress("vae_spatial", min(first + batch, len(frames)), len(frames))
         return np.concatenate(pixels)[: len(frames)]
 

@@ -17,14 +17,9 @@ namespace {
 using Input = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
-void Run(movd::Engine& engine, const std::vector<std::pair<std::string, std::string>>& schedule,
+void Run(movd::Engine& engine, const std::string& stage, const std::string& variant,
          const std::map<std::string, Input>& inputs, const std::map<std::string, Output>& outputs,
-         const nb::callable& after) {
-  std::vector<movd::InstructionRecord> instructions;
-  for (const auto& [op, partition] : schedule) {
-    const movd::Op code = op == "load" ? movd::Op::kLoad : op == "run" ? movd::Op::kRun : movd::Op::kFree;
-    instructions.push_back({code, partition});
-  }
+         const std::string& next) {
   std::map<std::string, movd::Buffer> input_buffers;
   for (const auto& [name, array] : inputs) {
     input_buffers[name] = {const_cast<void*>(array.data()), array.nbytes()};
@@ -32,10 +27,9 @@ void Run(movd::Engine& engine, const std::vector<std::pair<std::string, std::str
   std::map<std::string, movd::Buffer> output_buffers;
   for (const auto& [name, array] : outputs) output_buffers[name] = {array.data(), array.nbytes()};
   nb::gil_scoped_release release;
-  engine.Run(instructions, input_buffers, output_buffers, [&](size_t index) {
+  engine.Run(stage, variant, input_buffers, output_buffers, next, [](const std::string&) {
     nb::gil_scoped_acquire acquire;
-    if (PyErr_CheckSignals() != 0) throw nb::python_error();  // Ctrl-C between two instructions
-    after(index);
+    if (PyErr_CheckSignals() != 0) throw nb::python_error();  // Ctrl-C between two partitions
   });
 }
 
@@ -45,6 +39,8 @@ NB_MODULE(_engine, module) {
   nb::exception<movd::FileError>(module, "FileError");
   nb::exception<movd::PartitionError>(module, "PartitionError");
   nb::exception<movd::ScheduleError>(module, "ScheduleError");
+  nb::exception<movd::BudgetError>(module, "BudgetError");
+  nb::exception<movd::CancelledError>(module, "CancelledError");
 
   nb::class_<movd::FileRecord>(module, "FileRecord").def(nb::init<std::string, uint64_t, std::string>());
   nb::class_<movd::TensorRecord>(module, "TensorRecord")
@@ -57,18 +53,50 @@ NB_MODULE(_engine, module) {
       .def(nb::init<std::string, std::string, std::vector<movd::WeightsRecord>, std::vector<movd::TensorRecord>,
                     std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t>());
 
+  nb::class_<movd::ResidencyRecord>(module, "ResidencyRecord")
+      .def(nb::init<uint64_t, uint32_t, std::vector<std::string>, std::vector<std::string>>());
+  nb::class_<movd::VariantRecord>(module, "VariantRecord")
+      .def(nb::init<std::string, std::string, std::vector<movd::TensorRecord>, std::vector<movd::TensorRecord>,
+                    std::vector<std::string>, std::vector<movd::ResidencyRecord>>());
+  nb::class_<movd::RunReport>(module, "RunReport")
+      .def_ro("wall_s", &movd::RunReport::wall_s)
+      .def_ro("load_s", &movd::RunReport::load_s)
+      .def_ro("run_s", &movd::RunReport::run_s)
+      .def_ro("wait_s", &movd::RunReport::wait_s)
+      .def_ro("peak_bytes", &movd::RunReport::peak_bytes)
+      .def_ro("read_bytes", &movd::RunReport::read_bytes)
+      .def_ro("pinned", &movd::RunReport::pinned);
+  nb::enum_<movd::Mode>(module, "Mode")
+      .value("sequential", movd::Mode::kSequential)
+      .value("concurrent", movd::Mode::kConcurrent)
+      .value("dynamic", movd::Mode::kDynamic);
+  nb::enum_<movd::Pressure>(module, "Pressure")
+      .value("warning", movd::Pressure::kWarning)
+      .value("critical", movd::Pressure::kCritical);
+  nb::class_<movd::Options>(module, "Options")
+      .def(nb::init<movd::Mode, uint64_t, std::string, uint64_t, bool>(), "mode"_a, "budget_bytes"_a,
+           "packed_cache"_a, "packed_cache_limit_bytes"_a, "keeps_trace"_a);
+
   nb::class_<movd::Engine>(module, "Engine")
       .def("__init__",
            [](movd::Engine* self, const std::string& root, const std::vector<movd::FileRecord>& files,
-              std::vector<movd::PartitionRecord> partitions) {
+              std::vector<movd::PartitionRecord> partitions, std::vector<movd::VariantRecord> variants,
+              uint64_t slab_bytes, movd::Options options) {
              nb::gil_scoped_release release;
-             new (self) movd::Engine(movd::FileStore(root, files), std::move(partitions));
+             new (self) movd::Engine(movd::FileStore(root, files, slab_bytes), std::move(partitions),
+                                     std::move(variants), slab_bytes, std::move(options));
            })
       .def("read_file",
            [](const movd::Engine& engine, const std::string& path) {
              const movd::Mapping mapping = engine.files().Map(path);
              return nb::bytes(mapping.data(), mapping.size_bytes());
            })
-      .def("run", &Run, "schedule"_a, "inputs"_a, "outputs"_a, "after"_a)
+      .def("run", &Run, "stage"_a, "variant"_a, "inputs"_a, "outputs"_a, "next"_a)
+      .def("set_budget", &movd::Engine::SetBudget)
+      .def("relieve", &movd::Engine::Relieve, nb::call_guard<nb::gil_scoped_release>())
+      .def("cancel", &movd::Engine::Cancel, nb::call_guard<nb::gil_scoped_release>())
+      .def("release", &movd::Engine::Release, nb::call_guard<nb::gil_scoped_release>())
+      .def("report", &movd::Engine::report)
+      .def("trace", [](const movd::Engine& engine) { return engine.trace().ChromeJson(); })
       .def_prop_ro("peak_bytes", &movd::Engine::peak_bytes);
 }

@@ -3,79 +3,306 @@
 #include <algorithm>
 #include <utility>
 
-namespace movd {
+#include "memory.h"
 
-Engine::Engine(FileStore files, std::vector<PartitionRecord> partitions) : files_(std::move(files)) {
+namespace movd {
+namespace {
+
+// The part of the memory that is left which the engine does not count on: others take some while a stage runs.
+constexpr double kSafety = 0.05;
+
+}  // namespace
+
+Engine::Engine(FileStore files, std::vector<PartitionRecord> partitions, std::vector<VariantRecord> variants,
+               uint64_t slab_bytes, Options options)
+    : files_(std::move(files)),
+      variants_(std::move(variants)),
+      mode_(options.mode),
+      budget_bytes_(options.budget_bytes),
+      slab_(slab_bytes),
+      trace_(options.keeps_trace) {
   for (PartitionRecord& record : partitions) partitions_.emplace(record.name, std::move(record));
+  if (!options.packed_cache.empty()) {
+    packed_cache_ = std::make_unique<PackedCache>(options.packed_cache, options.packed_cache_limit_bytes);
+  }
+  if (packed_cache_ != nullptr) GroupPacked();
+  books_.Take(slab_bytes, "the slab");
+  loader_ = std::make_unique<Loader>(
+      [this](const PartitionRecord& record, std::shared_ptr<Workspace> workspace) {
+        return Load(record, std::move(workspace));
+      },
+      books_, trace_);
 }
 
-void Engine::Run(const std::vector<InstructionRecord>& schedule, const std::map<std::string, Buffer>& inputs,
-                 const std::map<std::string, Buffer>& outputs, const std::function<void(size_t)>& after) {
-  const auto record_of = [&](const InstructionRecord& instruction) -> const PartitionRecord& {
-    const auto found = partitions_.find(instruction.partition);
-    if (found == partitions_.end()) throw ScheduleError(instruction.partition + ": is no partition of this bundle");
-    return found->second;
-  };
-  std::map<std::string, size_t> last_read;
-  for (size_t i = 0; i < schedule.size(); ++i) {
-    if (schedule[i].op != Op::kRun) continue;
-    for (const TensorRecord& tensor : record_of(schedule[i]).inputs) last_read[tensor.name] = i;
+const VariantRecord& Engine::VariantOf(const std::string& stage, const std::string& variant) const {
+  for (const VariantRecord& one : variants_) {
+    if (one.stage == stage && one.name == variant) return one;
   }
+  throw ScheduleError(stage + ": has no variant " + variant);
+}
 
-  std::map<std::string, std::unique_ptr<LoadedPartition>> loaded;
-  std::map<std::string, std::unique_ptr<uint8_t[]>> tensors;
-  uint64_t held_bytes = 0;
-  for (const auto& [name, buffer] : inputs) held_bytes += buffer.size_bytes;
-  peak_bytes_ = held_bytes;
-  const auto note = [&](uint64_t extra_bytes) { peak_bytes_ = std::max(peak_bytes_, held_bytes + extra_bytes); };
+const PartitionRecord& Engine::PartitionOf(const std::string& name) const {
+  const auto found = partitions_.find(name);
+  if (found == partitions_.end()) throw ScheduleError(name + ": is no partition of this bundle");
+  return found->second;
+}
 
-  for (size_t i = 0; i < schedule.size(); ++i) {
-    const PartitionRecord& record = record_of(schedule[i]);
-    if (schedule[i].op == Op::kLoad) {
-      note(record.load_bytes);
-      loaded[record.name] = std::make_unique<LoadedPartition>(files_, record);
-      held_bytes += record.held_bytes;
-    } else if (schedule[i].op == Op::kFree) {
-      if (loaded.erase(record.name) > 0) held_bytes -= record.held_bytes;
-    } else {
-      const auto partition = loaded.find(record.name);
-      if (partition == loaded.end()) throw ScheduleError(record.name + ": is run before it is loaded");
-      std::vector<const void*> sources;
-      for (const TensorRecord& tensor : record.inputs) {
-        const auto input = inputs.find(tensor.name);
-        const auto made = tensors.find(tensor.name);
-        if (input != inputs.end()) {
-          if (input->second.size_bytes != tensor.SizeBytes()) {
-            throw ScheduleError(record.name + ": input " + tensor.name + " has the wrong size");
-          }
-          sources.push_back(input->second.data);
-        } else if (made != tensors.end()) {
-          sources.push_back(made->second.get());
-        } else if (outputs.count(tensor.name) > 0) {
-          sources.push_back(outputs.at(tensor.name).data);
-        } else {
-          throw ScheduleError(record.name + ": tensor " + tensor.name + " does not exist when it is read");
+// Variants of a stage read the same weights, so they can share what is packed of them. XNNPACK finds packed weights by
+// key alone: partitions that have different data under one key are kept apart.
+void Engine::GroupPacked() {
+  using Place = std::pair<std::string, uint64_t>;  // file and offset
+  std::vector<std::map<std::string, Place>> places;
+  const auto agree = [](const std::map<std::string, Place>& one, const std::map<std::string, Place>& other) {
+    return std::all_of(other.begin(), other.end(), [&](const auto& entry) {
+      const auto found = one.find(entry.first);
+      return found == one.end() || found->second == entry.second;
+    });
+  };
+  for (const auto& [name, record] : partitions_) {
+    if (record.weights.empty()) continue;
+    std::map<std::string, Place> own;
+    for (const WeightsRecord& file : record.weights) {
+      for (const ConstantRecord& constant : file.constants) own[constant.key] = {file.path, constant.offset_bytes};
+    }
+    size_t group = 0;
+    while (group < packed_groups_.size() &&
+           !(packed_groups_[group].partitions[0]->weights[0].path == record.weights[0].path && agree(places[group], own))) {
+      ++group;
+    }
+    if (group == packed_groups_.size()) {
+      packed_groups_.emplace_back();
+      places.emplace_back();
+    }
+    packed_groups_[group].partitions.push_back(&record);
+    places[group].merge(own);
+    packed_group_of_[name] = group;
+  }
+  for (PackedGroup& group : packed_groups_) {
+    std::vector<std::string> parts;
+    for (const PartitionRecord* record : group.partitions) {
+      parts.push_back(record->program);
+      for (const WeightsRecord& file : record->weights) parts.push_back(file.path);
+    }
+    group.key = PackedCache::KeyOf(parts);
+  }
+}
+
+// The row of residency to run by: the last one that fits what is left of the memory, as far as the mode allows.
+size_t Engine::Choose(const VariantRecord& variant) const {
+  const std::vector<ResidencyRecord>& rows = variant.residency;
+  if (rows.empty()) throw ScheduleError(variant.stage + ": variant " + variant.name + " has no level of residency");
+  uint64_t allowed_bytes = budget_bytes_;
+  if (const uint64_t left_bytes = AvailableBytes(); left_bytes != UINT64_MAX) {
+    const auto safe_bytes = static_cast<uint64_t>(static_cast<double>(left_bytes) * (1 - kSafety));
+    allowed_bytes = std::min(allowed_bytes, books_.held_bytes() + safe_bytes);
+  }
+  if (rows[0].needs_bytes > allowed_bytes) {
+    throw BudgetError(variant.stage + " needs " + std::to_string(rows[0].needs_bytes) +
+                      " bytes at least; the budget is " + std::to_string(budget_bytes_) + ", and " +
+                      std::to_string(allowed_bytes) + " of it can be had now");
+  }
+  size_t best = 0;
+  for (size_t i = 1; i < rows.size() && mode_ != Mode::kSequential; ++i) {
+    const bool fits = rows[i].needs_bytes <= allowed_bytes && rows[i].needs_bytes <= ceiling_bytes_;
+    if (fits && (mode_ == Mode::kDynamic || rows[i].pinned.empty())) best = i;
+  }
+  return best;
+}
+
+void Engine::Plan(const VariantRecord& variant, std::vector<std::string> upcoming) {
+  std::vector<const PartitionRecord*> records;
+  for (const std::string& name : upcoming) records.push_back(&PartitionOf(name));
+  Rules& rules = rules_;
+  {
+    const std::lock_guard lock(plan_mutex_);
+    variant_ = &variant;
+    row_ = Choose(variant);
+    const ResidencyRecord& row = variant.residency[row_];
+    rules = {{row.pinned.begin(), row.pinned.end()}, {row.waits.begin(), row.waits.end()}, row.prefetch};
+  }
+  // Transient partitions come round in a cycle. Where the page cache cannot hold them all, it would drop each just
+  // before it is read again, and pinned ones with them.
+  uint64_t transient_bytes = 0;
+  for (const std::string& name : variant.order) {
+    if (rules.pinned.count(name) == 0) transient_bytes += PartitionOf(name).held_bytes;
+  }
+  drops_from_page_cache_ = transient_bytes > AvailableBytes();
+  loader_->Plan(records, rules);
+  uint64_t scratch_bytes = 0;
+  for (const std::string& name : rules.pinned) {
+    scratch_bytes = std::max(scratch_bytes, PartitionOf(name).working_bytes);
+  }
+  pinned_scratch_.reset();
+  pinned_scratch_ = std::make_unique<Taken>(books_, scratch_bytes, "the workspace of what stays loaded");
+}
+
+std::unique_ptr<LoadedPartition> Engine::Load(const PartitionRecord& record, std::shared_ptr<Workspace> workspace) {
+  const auto group = packed_group_of_.find(record.name);
+  const PackedGroup* packed = group == packed_group_of_.end() ? nullptr : &packed_groups_[group->second];
+  const LoadContext context{files_, packed_cache_.get(), packed, slab_, planned_, trace_, books_};
+  return std::make_unique<LoadedPartition>(record, std::move(workspace), context);
+}
+
+void Engine::Run(const std::string& stage, const std::string& variant, const std::map<std::string, Buffer>& inputs,
+                 const std::map<std::string, Buffer>& outputs, const std::string& next,
+                 const std::function<void(const std::string&)>& after) {
+  std::unique_lock lock(run_mutex_);
+  const VariantRecord& one = VariantOf(stage, variant);
+  const Totals before = trace_.totals();
+  const double start_s = trace_.Now();
+  loader_->Begin();
+  running_ = true;
+  try {
+    // What a stage held does not help the next one, and would count as memory that is taken.
+    if (variant_ != nullptr && variant_->stage != stage) Clear();
+    books_.SetLimit(budget_bytes_);
+    books_.RestartPeak();
+    Grow(one);
+    Execute(one, inputs, outputs, next == variant, after);
+  } catch (...) {
+    running_ = false;
+    Clear();
+    throw;
+  }
+  running_ = false;
+  peak_bytes_ = std::max<uint64_t>(peak_bytes_, books_.peak_bytes());
+  const Totals totals = trace_.totals();
+  RunReport report{trace_.Now() - start_s, totals.load_s - before.load_s, totals.run_s - before.run_s,
+                   totals.wait_s - before.wait_s, books_.peak_bytes(), totals.read_bytes - before.read_bytes,
+                   one.residency[row_].pinned};
+  {
+    const std::lock_guard reports_lock(reports_mutex_);
+    reports_[stage] = std::move(report);
+  }
+  lock.unlock();
+  RelieveIdle();  // what came while this was about to end
+}
+
+void Engine::Execute(const VariantRecord& variant, const std::map<std::string, Buffer>& inputs,
+                     const std::map<std::string, Buffer>& outputs, bool again,
+                     const std::function<void(const std::string&)>& after) {
+  std::map<std::string, size_t> last_read;
+  for (size_t i = 0; i < variant.order.size(); ++i) {
+    for (const TensorRecord& tensor : PartitionOf(variant.order[i]).inputs) last_read[tensor.name] = i;
+  }
+  struct Made {
+    std::unique_ptr<uint8_t[]> data;
+    Taken taken;
+  };
+  std::map<std::string, Made> tensors;
+  std::vector<Taken> callers;
+  const auto upcoming = [&](size_t from) {
+    std::vector<std::string> names(variant.order.begin() + static_cast<ptrdiff_t>(from), variant.order.end());
+    if (again) names.insert(names.end(), variant.order.begin(), variant.order.end());
+    return names;
+  };
+  relieve_ = false;
+  Plan(variant, upcoming(0));
+  for (const auto& [name, buffer] : inputs) callers.emplace_back(books_, buffer.size_bytes, "input " + name);
+  for (size_t i = 0; i < variant.order.size(); ++i) {
+    if (relieve_.exchange(false)) Plan(variant, upcoming(i));
+    const PartitionRecord& record = PartitionOf(variant.order[i]);
+    std::vector<const void*> sources;
+    for (const TensorRecord& tensor : record.inputs) {
+      if (const auto input = inputs.find(tensor.name); input != inputs.end()) {
+        if (input->second.size_bytes != tensor.SizeBytes()) {
+          throw ScheduleError(record.name + ": input " + tensor.name + " has the wrong size");
         }
-      }
-      std::vector<void*> targets;
-      for (const TensorRecord& tensor : record.outputs) {
-        const auto output = outputs.find(tensor.name);
-        if (output != outputs.end() && output->second.size_bytes == tensor.SizeBytes()) {
-          targets.push_back(output->second.data);
-        } else {
-          auto& buffer = tensors[tensor.name] = std::make_unique<uint8_t[]>(tensor.SizeBytes());
-          targets.push_back(buffer.get());
-        }
-        held_bytes += tensor.SizeBytes();
-      }
-      note(record.working_bytes);
-      partition->second->Run(sources, targets);
-      for (const TensorRecord& tensor : record.inputs) {
-        if (last_read[tensor.name] == i && tensors.erase(tensor.name) > 0) held_bytes -= tensor.SizeBytes();
+        sources.push_back(input->second.data);
+      } else if (const auto made = tensors.find(tensor.name); made != tensors.end()) {
+        sources.push_back(made->second.data.get());
+      } else if (const auto output = outputs.find(tensor.name); output != outputs.end()) {
+        sources.push_back(output->second.data);
+      } else {
+        throw ScheduleError(record.name + ": tensor " + tensor.name + " does not exist when it is read");
       }
     }
-    after(i);
+    LoadedPartition& partition = loader_->Await(record);
+    const bool stays = rules_.pinned.count(record.name) > 0;
+    const Taken scratch(books_, stays ? 0 : record.working_bytes, "running " + record.name);
+    std::vector<void*> targets;
+    for (const TensorRecord& tensor : record.outputs) {
+      Taken taken(books_, tensor.SizeBytes(), "tensor " + tensor.name);
+      const auto output = outputs.find(tensor.name);
+      if (output != outputs.end() && output->second.size_bytes == tensor.SizeBytes()) {
+        targets.push_back(output->second.data);
+        callers.push_back(std::move(taken));
+      } else {
+        Made made{std::make_unique_for_overwrite<uint8_t[]>(tensor.SizeBytes()), std::move(taken)};
+        targets.push_back(made.data.get());
+        tensors.insert_or_assign(tensor.name, std::move(made));
+      }
+    }
+    const double start_s = trace_.Now();
+    partition.Run(sources, targets);
+    trace_.Add({What::kRun, record.name, Lane::kExecution, start_s, trace_.Now() - start_s, record.working_bytes,
+                books_.held_bytes()});
+    for (const TensorRecord& tensor : record.inputs) {
+      if (last_read[tensor.name] == i) tensors.erase(tensor.name);
+    }
+    loader_->Done(record, drops_from_page_cache_);
+    after(record.name);
   }
+}
+
+void Engine::SetBudget(uint64_t bytes) { budget_bytes_ = bytes; }
+
+void Engine::Relieve(Pressure level) {
+  {
+    const std::lock_guard lock(plan_mutex_);
+    if (variant_ == nullptr) return;
+    const std::vector<ResidencyRecord>& rows = variant_->residency;
+    const auto pinned_bytes = [&](size_t row) {
+      uint64_t sum_bytes = 0;
+      for (const std::string& name : rows[row].pinned) sum_bytes += PartitionOf(name).held_bytes;
+      return sum_bytes;
+    };
+    size_t keep = 0;
+    for (size_t i = 1; i < row_ && level == Pressure::kWarning; ++i) {
+      if (2 * pinned_bytes(i) <= pinned_bytes(row_)) keep = i;
+    }
+    ceiling_bytes_ = rows[keep].needs_bytes;
+  }
+  relieve_ = true;
+  RelieveIdle();
+}
+
+// Acts on pressure where no run does: a run that is in progress sees it after the partition that runs now.
+void Engine::RelieveIdle() {
+  while (relieve_ && run_mutex_.try_lock()) {
+    const std::lock_guard lock(run_mutex_, std::adopt_lock);
+    if (relieve_.exchange(false) && variant_ != nullptr) Plan(*variant_, {});
+  }
+}
+
+// Takes back one level of what pressure took.
+void Engine::Grow(const VariantRecord& variant) {
+  const std::lock_guard lock(plan_mutex_);
+  const auto above = std::find_if(variant.residency.begin(), variant.residency.end(),
+                                  [&](const ResidencyRecord& row) { return row.needs_bytes > ceiling_bytes_; });
+  ceiling_bytes_ = above == variant.residency.end() ? UINT64_MAX : above->needs_bytes;
+}
+
+void Engine::Cancel() {
+  if (running_) loader_->Cancel();
+}
+
+void Engine::Release() {
+  const std::lock_guard lock(run_mutex_);
+  Clear();
+}
+
+void Engine::Clear() {
+  loader_->Clear();
+  planned_.Clear();
+  pinned_scratch_.reset();
+}
+
+RunReport Engine::report(const std::string& stage) const {
+  const std::lock_guard lock(reports_mutex_);
+  const auto found = reports_.find(stage);
+  if (found == reports_.end()) throw ScheduleError(stage + ": has not run yet");
+  return found->second;
 }
 
 }  // namespace movd

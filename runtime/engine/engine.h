@@ -1,54 +1,145 @@
-// Replays a stage's schedule: load, run and free partitions, one after the other, and keeps the books of memory.
+// Runs the stages of a bundle: partitions load on one lane while others run on the other, within a memory budget.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <map>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "books.h"
 #include "file_store.h"
+#include "loader.h"
+#include "packed_cache.h"
 #include "partition.h"
+#include "trace.h"
 
 namespace movd {
 
-// A schedule or an input that does not fit the partitions it names.
-struct ScheduleError : std::runtime_error {
-  using std::runtime_error::runtime_error;
+// One level of memory, and how a variant runs within it.
+struct ResidencyRecord {
+  uint64_t needs_bytes;
+  uint32_t prefetch;
+  std::vector<std::string> pinned;
+  std::vector<std::string> waits;
 };
 
-enum class Op { kLoad, kRun, kFree };
-
-struct InstructionRecord {
-  Op op;
-  std::string partition;
+struct VariantRecord {
+  std::string stage;
+  std::string name;
+  std::vector<TensorRecord> inputs;
+  std::vector<TensorRecord> outputs;
+  std::vector<std::string> order;
+  std::vector<ResidencyRecord> residency;  // from the least memory to the most
 };
+
+enum class Mode {
+  kSequential,  // a partition is loaded when the one before has been freed
+  kConcurrent,  // the next one loads while one runs
+  kDynamic,  // and as many stay loaded as the memory allows
+};
+
+struct Options {
+  Mode mode = Mode::kDynamic;
+  uint64_t budget_bytes = 0;
+  std::string packed_cache;  // a folder; empty keeps no packed weights
+  uint64_t packed_cache_limit_bytes = UINT64_MAX;
+  bool keeps_trace = false;
+};
+
+// How much memory is short: the system may ask for some of it back, or for all that can be given.
+enum class Pressure { kWarning = 1, kCritical = 2 };
 
 struct Buffer {
   void* data;
   uint64_t size_bytes;
 };
 
+// What the last run of a stage did. Loads for the next run that happened meanwhile are counted here.
+struct RunReport {
+  double wall_s = 0;
+  double load_s = 0;
+  double run_s = 0;
+  double wait_s = 0;
+  uint64_t peak_bytes = 0;
+  uint64_t read_bytes = 0;
+  std::vector<std::string> pinned;
+};
+
 class Engine {
  public:
-  Engine(FileStore files, std::vector<PartitionRecord> partitions);
+  Engine(FileStore files, std::vector<PartitionRecord> partitions, std::vector<VariantRecord> variants,
+         uint64_t slab_bytes, Options options);
 
-  // Runs a schedule. `inputs` and `outputs` are the caller's buffers by tensor name; a tensor between partitions lives
-  // from the run that makes it to the last run that reads it. `after` is called after each instruction and may throw,
-  // which stops the run. Whatever ends the run, nothing stays loaded.
-  void Run(const std::vector<InstructionRecord>& schedule, const std::map<std::string, Buffer>& inputs,
-           const std::map<std::string, Buffer>& outputs, const std::function<void(size_t)>& after);
+  // Runs a variant of a stage on the caller's buffers, by tensor name. `next` is the variant of the same stage that
+  // will run next, empty if none will: its first partitions load while the last of this one run. `after` is called
+  // after each partition and may throw, which stops the run. What an error ends leaves nothing loaded.
+  void Run(const std::string& stage, const std::string& variant, const std::map<std::string, Buffer>& inputs,
+           const std::map<std::string, Buffer>& outputs, const std::string& next,
+           const std::function<void(const std::string&)>& after);
 
+  // The memory for everything that the engine holds; counts from the next run on.
+  void SetBudget(uint64_t bytes);
+
+  // Frees partitions that stay loaded: half of their bytes or all, at once or after the partition that runs now. Each
+  // later run takes back one level of residency at most.
+  void Relieve(Pressure level);
+
+  // Makes the run in progress end with CancelledError after the partition that runs now. Without one it does nothing.
+  void Cancel();
+
+  // Frees everything that is loaded.
+  void Release();
+
+  RunReport report(const std::string& stage) const;
   const FileStore& files() const { return files_; }
-
-  // The most bytes that the last run held by the books: partitions, tensors and scratch.
-  uint64_t peak_bytes() const { return peak_bytes_; }
+  const Trace& trace() const { return trace_; }
+  uint64_t peak_bytes() const { return peak_bytes_; }  // of all runs
 
  private:
+  const VariantRecord& VariantOf(const std::string& stage, const std::string& variant) const;
+  const PartitionRecord& PartitionOf(const std::string& name) const;
+  void GroupPacked();
+  size_t Choose(const VariantRecord& variant) const;
+  void Plan(const VariantRecord& variant, std::vector<std::string> upcoming);
+  void RelieveIdle();
+  void Clear();
+  void Grow(const VariantRecord& variant);
+  std::unique_ptr<LoadedPartition> Load(const PartitionRecord& record, std::shared_ptr<Workspace> workspace);
+  void Execute(const VariantRecord& variant, const std::map<std::string, Buffer>& inputs,
+               const std::map<std::string, Buffer>& outputs, bool again,
+               const std::function<void(const std::string&)>& after);
+
   FileStore files_;
   std::map<std::string, PartitionRecord> partitions_;
-  uint64_t peak_bytes_ = 0;
+  std::vector<VariantRecord> variants_;
+  Mode mode_;
+  std::atomic<uint64_t> budget_bytes_;
+  std::atomic<bool> relieve_ = false;  // pressure that has not been acted on
+  std::atomic<bool> running_ = false;
+  std::vector<uint8_t> slab_;  // this and the next one are the loader's
+  PlannedMemory planned_;
+  Books books_;
+  Trace trace_;
+  std::atomic<uint64_t> peak_bytes_ = 0;
+  std::unique_ptr<PackedCache> packed_cache_;
+  std::vector<PackedGroup> packed_groups_;
+  std::map<std::string, size_t> packed_group_of_;  // by partition
+  std::mutex run_mutex_;  // one run at a time
+  mutable std::mutex plan_mutex_;  // over the next three
+  const VariantRecord* variant_ = nullptr;  // that runs, or ran last
+  size_t row_ = 0;  // of its residency
+  uint64_t ceiling_bytes_ = UINT64_MAX;  // rows that need more are out of reach since pressure
+  Rules rules_;  // of that row; only whoever has run_mutex_ uses it and what follows
+  bool drops_from_page_cache_ = false;
+  std::unique_ptr<Taken> pinned_scratch_;  // of the workspace that pinned partitions run in, one after the other
+  mutable std::mutex reports_mutex_;
+  std::map<std::string, RunReport> reports_;
+  std::unique_ptr<Loader> loader_;  // its thread uses what is above: destroyed first
 };
 
 }  // namespace movd

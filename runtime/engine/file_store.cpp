@@ -5,40 +5,71 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <cstring>
+#include <fstream>
 #include <sstream>
-#include <utility>
 
 #include "sha256.h"
 
 namespace movd {
 namespace {
 
-// Closes a descriptor on every way out.
-struct Descriptor {
-  int value;
-  ~Descriptor() {
-    if (value >= 0) close(value);
-  }
-};
-
-bool Same(const timespec& a, const timespec& b) { return a.tv_sec == b.tv_sec && a.tv_nsec == b.tv_nsec; }
+int64_t Nanoseconds(const timespec& time) { return int64_t{time.tv_sec} * 1'000'000'000 + time.tv_nsec; }
 
 #ifdef __APPLE__
 timespec Modified(const struct stat& status) { return status.st_mtimespec; }
 timespec Changed(const struct stat& status) { return status.st_ctimespec; }
+using Residence = char;
 #else
 timespec Modified(const struct stat& status) { return status.st_mtim; }
 timespec Changed(const struct stat& status) { return status.st_ctim; }
+using Residence = unsigned char;
 #endif
+
+// Which pages of a mapping are in memory; none where the system does not say.
+std::vector<Residence> Resident(const Mapping& mapping, size_t page_bytes) {
+  std::vector<Residence> pages((mapping.size_bytes() + page_bytes - 1) / page_bytes);
+  if (mincore(const_cast<uint8_t*>(mapping.data()), mapping.size_bytes(), pages.data()) != 0) {
+    std::fill(pages.begin(), pages.end(), Residence{0});
+  }
+  return pages;
+}
 
 }  // namespace
 
+Descriptor::~Descriptor() {
+  if (value_ >= 0) close(value_);
+}
+
+Identity Identity::Of(int descriptor) {
+  struct stat status;
+  if (fstat(descriptor, &status) != 0) return {};
+  return {status.st_dev, status.st_ino, status.st_size, Nanoseconds(Modified(status)), Nanoseconds(Changed(status))};
+}
+
+Mapping::Mapping(std::string path, Descriptor descriptor)
+    : path_(std::move(path)), descriptor_(std::move(descriptor)), identity_(Identity::Of(descriptor_.get())) {
+  size_bytes_ = static_cast<size_t>(identity_.size_bytes);
+  if (size_bytes_ == 0) return;
+  void* data = mmap(nullptr, size_bytes_, PROT_READ, MAP_PRIVATE, descriptor_.get(), 0);
+  if (data == MAP_FAILED) throw FileError(path_ + ": cannot be mapped (" + std::strerror(errno) + ")");
+  data_ = static_cast<const uint8_t*>(data);
+}
+
 Mapping::Mapping(Mapping&& other) noexcept
-    : data_(std::exchange(other.data_, nullptr)), size_bytes_(std::exchange(other.size_bytes_, 0)) {}
+    : path_(std::move(other.path_)),
+      descriptor_(std::move(other.descriptor_)),
+      identity_(other.identity_),
+      data_(std::exchange(other.data_, nullptr)),
+      size_bytes_(std::exchange(other.size_bytes_, 0)) {}
 
 Mapping& Mapping::operator=(Mapping&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(descriptor_, other.descriptor_);
+  std::swap(identity_, other.identity_);
   std::swap(data_, other.data_);
   std::swap(size_bytes_, other.size_bytes_);
   return *this;
@@ -48,50 +79,103 @@ Mapping::~Mapping() {
   if (data_ != nullptr) munmap(const_cast<uint8_t*>(data_), size_bytes_);
 }
 
-FileStore::FileStore(std::string root, const std::vector<FileRecord>& files) : root_(std::move(root)) {
+void Mapping::CheckUnchanged() const {
+  const Identity now = Identity::Of(descriptor_.get());
+  // A file that was unlinked or linked elsewhere is whole all the same, so the time of change does not count here.
+  if (now.size_bytes != identity_.size_bytes || now.modified_ns != identity_.modified_ns) {
+    throw FileError(path_ + ": changed while the bundle was in use; start the run again");
+  }
+}
+
+void Mapping::LetGo() const {
+  if (data_ != nullptr) madvise(const_cast<uint8_t*>(data_), size_bytes_, MADV_DONTNEED);
+}
+
+uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
+                     const std::function<void(const uint8_t*, size_t)>& each) {
+  const size_t page_bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const std::vector<Residence> resident = each ? std::vector<Residence>{} : Resident(mapping, page_bytes);
+  uint64_t read_bytes = 0;
+  for (size_t offset = 0; offset < mapping.size_bytes(); offset += slab.size()) {
+    const size_t size_bytes = std::min(slab.size(), mapping.size_bytes() - offset);
+    if (!each) {
+      const auto first = resident.begin() + static_cast<ptrdiff_t>(offset / page_bytes);
+      const auto last = resident.begin() + static_cast<ptrdiff_t>((offset + size_bytes + page_bytes - 1) / page_bytes);
+      if (std::all_of(first, last, [](Residence page) { return (page & 1) != 0; })) continue;
+    }
+    for (size_t done = 0; done < size_bytes;) {
+      const ssize_t got = pread(mapping.descriptor(), slab.data() + done, size_bytes - done,
+                                static_cast<off_t>(offset + done));
+      if (got < 0 && errno == EINTR) continue;
+      if (got < 0) throw FileError(mapping.path() + ": cannot be read (" + std::strerror(errno) + ")");
+      if (got == 0) throw FileError(mapping.path() + ": became shorter while the bundle was in use; start the run again");
+      done += static_cast<size_t>(got);
+    }
+    read_bytes += size_bytes;
+    if (each) each(slab.data(), size_bytes);
+  }
+  return read_bytes;
+}
+
+void PopulateSharedMappings(const std::string& path) {
+#ifdef MADV_POPULATE_READ
+  std::ifstream maps("/proc/self/maps");
+  for (std::string line; std::getline(maps, line);) {  // FIRST-LAST r--s OFFSET DEVICE INODE PATH
+    uintptr_t first = 0, last = 0;
+    char access[5] = {};
+    if (!line.ends_with(path) || std::sscanf(line.c_str(), "%zx-%zx %4s", &first, &last, access) != 3) continue;
+    if (access[3] == 's') madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_READ);
+  }
+#else
+  (void)path;
+#endif
+}
+
+FileStore::FileStore(std::string root, const std::vector<FileRecord>& files, size_t slab_bytes)
+    : root_(std::move(root)) {
+  std::vector<uint8_t> slab(slab_bytes);
   for (const FileRecord& file : files) {
-    Descriptor descriptor{Open(file.path)};
+    Descriptor descriptor = Open(file.path);
     struct stat status;
-    if (fstat(descriptor.value, &status) != 0 || !S_ISREG(status.st_mode)) {
+    if (fstat(descriptor.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
       throw FileError(file.path + ": is not a plain file; compile the bundle again");
     }
     if (static_cast<uint64_t>(status.st_size) != file.size_bytes) {
       throw FileError(file.path + ": has " + std::to_string(status.st_size) + " bytes instead of " +
                       std::to_string(file.size_bytes) + "; compile the bundle again");
     }
-    const Mapping mapping = MapDescriptor(file.path, descriptor.value, file.size_bytes);
-    if (Sha256Hex(mapping.data(), mapping.size_bytes()) != file.sha256) {
+    const Identity identity = Identity::Of(descriptor.get());
+    const Mapping mapping(file.path, std::move(descriptor));
+    Sha256 digest;
+    ReadThrough(mapping, slab, [&](const uint8_t* data, size_t size_bytes) { digest.Add(data, size_bytes); });
+    if (digest.Hex() != file.sha256) {
       throw FileError(file.path + ": is damaged (its SHA-256 is not the recorded one); compile the bundle again");
     }
-    checked_[file.path] = {status.st_dev, status.st_ino, status.st_size, Modified(status), Changed(status)};
+    checked_[file.path] = identity;
   }
 }
 
 Mapping FileStore::Map(const std::string& path) const {
   const auto found = checked_.find(path);
   if (found == checked_.end()) throw FileError(path + ": is not listed among the bundle's files");
-  Descriptor descriptor{Open(path)};
-  struct stat status;
-  const Identity& identity = found->second;
-  if (fstat(descriptor.value, &status) != 0 || status.st_dev != identity.device || status.st_ino != identity.inode ||
-      status.st_size != identity.size_bytes || !Same(Modified(status), identity.modified) ||
-      !Same(Changed(status), identity.changed)) {
+  Descriptor descriptor = Open(path);
+  if (Identity::Of(descriptor.get()) != found->second) {
     throw FileError(path + ": changed while the bundle was in use; start the run again");
   }
-  return MapDescriptor(path, descriptor.value, static_cast<size_t>(identity.size_bytes));
+  return Mapping(path, std::move(descriptor));
 }
 
-// Opens one component after the other and follows no link, so that nothing outside the bundle can be read.
-int FileStore::Open(const std::string& path) const {
-  Descriptor current{open(root_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)};
-  if (current.value < 0) throw FileError(root_ + ": cannot be opened (" + std::strerror(errno) + ")");
+// Every part of the path is opened on its own, so that no link can lead out of the bundle.
+Descriptor FileStore::Open(const std::string& path) const {
+  Descriptor current(open(root_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (current.get() < 0) throw FileError(root_ + ": cannot be opened (" + std::strerror(errno) + ")");
   std::istringstream parts(path);
   std::string part;
   while (std::getline(parts, part, '/')) {
     const bool last = parts.eof();
     const int flags = O_RDONLY | O_NOFOLLOW | O_CLOEXEC | (last ? O_NONBLOCK : O_DIRECTORY);
-    const int next = openat(current.value, part.c_str(), flags);
-    if (next < 0) {
+    Descriptor next(openat(current.get(), part.c_str(), flags));
+    if (next.get() < 0) {
       if (errno == ENOENT) throw FileError(path + ": is missing; compile the bundle again");
       // Linux says ELOOP for a link and ENOTDIR for a link where a folder should be.
       if (errno == ELOOP || errno == ENOTDIR) {
@@ -99,16 +183,9 @@ int FileStore::Open(const std::string& path) const {
       }
       throw FileError(path + ": cannot be opened (" + std::strerror(errno) + ")");
     }
-    close(std::exchange(current.value, next));
+    current = std::move(next);
   }
-  return std::exchange(current.value, -1);
-}
-
-Mapping FileStore::MapDescriptor(const std::string& path, int descriptor, size_t size_bytes) const {
-  if (size_bytes == 0) return Mapping();
-  void* data = mmap(nullptr, size_bytes, PROT_READ, MAP_PRIVATE, descriptor, 0);
-  if (data == MAP_FAILED) throw FileError(path + ": cannot be mapped (" + std::strerror(errno) + ")");
-  return Mapping(static_cast<const uint8_t*>(data), size_bytes);
+  return current;
 }
 
 }  // namespace movd

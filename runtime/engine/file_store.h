@@ -5,17 +5,15 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
-#include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
-namespace movd {
+#include "errors.h"
 
-// A file is missing, damaged, foreign or not where it should be; the message names it.
-struct FileError : std::runtime_error {
-  using std::runtime_error::runtime_error;
-};
+namespace movd {
 
 struct FileRecord {
   std::string path;  // relative to the bundle
@@ -23,42 +21,82 @@ struct FileRecord {
   std::string sha256;
 };
 
+// Closes a descriptor on every way out.
+class Descriptor {
+ public:
+  explicit Descriptor(int value = -1) : value_(value) {}
+  Descriptor(Descriptor&& other) noexcept : value_(std::exchange(other.value_, -1)) {}
+  Descriptor& operator=(Descriptor&& other) noexcept {
+    std::swap(value_, other.value_);
+    return *this;
+  }
+  ~Descriptor();
+
+  int get() const { return value_; }
+
+ private:
+  int value_;
+};
+
+// What tells that a file is still the one that was checked.
+struct Identity {
+  dev_t device;
+  ino_t inode;
+  off_t size_bytes;
+  int64_t modified_ns;
+  int64_t changed_ns;
+  bool operator==(const Identity&) const = default;
+
+  static Identity Of(int descriptor);  // all zeros if it cannot be told
+};
+
 // A read-only mapping of a whole file.
 class Mapping {
  public:
   Mapping() = default;
-  Mapping(const uint8_t* data, size_t size_bytes) : data_(data), size_bytes_(size_bytes) {}
+  Mapping(std::string path, Descriptor descriptor);  // throws FileError
   Mapping(Mapping&& other) noexcept;
   Mapping& operator=(Mapping&& other) noexcept;
   ~Mapping();
 
   const uint8_t* data() const { return data_; }
   size_t size_bytes() const { return size_bytes_; }
+  int descriptor() const { return descriptor_.get(); }
+  const std::string& path() const { return path_; }
+
+  // Throws FileError if the file has changed since it was mapped: what lies behind its end can no longer be read.
+  void CheckUnchanged() const;
+
+  // Lets go of the pages in memory; they come back from the file when they are read again.
+  void LetGo() const;
 
  private:
+  std::string path_;
+  Descriptor descriptor_;
+  Identity identity_{};
   const uint8_t* data_ = nullptr;
   size_t size_bytes_ = 0;
 };
 
+// Puts the pages of every shared mapping of a file, as ExecuTorch makes them, into this process's tables at once: each
+// would cost a fault at its first use otherwise. Does nothing where the system cannot.
+void PopulateSharedMappings(const std::string& path);
+
+// Reads a whole file through the slab into the page cache, but for what is there already; returns the bytes read. Each
+// piece is given to `each`, if there is one, and then all are read. Throws FileError if the file is shorter than mapped.
+uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
+                     const std::function<void(const uint8_t*, size_t)>& each = nullptr);
+
 class FileStore {
  public:
   // Checks every record: a plain file reached through no link, of the right size and digest. Throws FileError.
-  FileStore(std::string root, const std::vector<FileRecord>& files);
+  FileStore(std::string root, const std::vector<FileRecord>& files, size_t slab_bytes);
 
   // Maps a checked file; throws FileError if it has been replaced or changed since.
   Mapping Map(const std::string& path) const;
 
  private:
-  struct Identity {
-    dev_t device;
-    ino_t inode;
-    off_t size_bytes;
-    timespec modified;
-    timespec changed;
-  };
-
-  int Open(const std::string& path) const;
-  Mapping MapDescriptor(const std::string& path, int descriptor, size_t size_bytes) const;
+  Descriptor Open(const std::string& path) const;
 
   std::string root_;
   std::map<std::string, Identity> checked_;

@@ -1,10 +1,17 @@
 #include "partition.h"
 
+#include <executorch/runtime/backend/backend_options_map.h>
+#include <executorch/runtime/backend/options.h>
 #include <executorch/runtime/core/data_loader.h>
 #include <executorch/runtime/core/named_data_map.h>
 #include <executorch/runtime/executor/method.h>
 #include <executorch/runtime/executor/program.h>
+#include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>
+#include <fcntl.h>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <cstring>
@@ -71,6 +78,8 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
     mappings_.push_back(std::move(mapping));
   }
 
+  const std::vector<Mapping>& mappings() const { return mappings_; }
+
   Result<const TensorLayout> get_tensor_layout(std::string_view key) const override {
     const Entry* entry = Find(key);
     if (entry == nullptr) return Error::NotFound;
@@ -124,20 +133,50 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
   std::unordered_map<std::string, Entry> by_key_;
 };
 
-// Memory for a method's own structures: any number of blocks, released together with the method.
+constexpr size_t kAlignment = 64;
+
+using Block = std::shared_ptr<uint8_t>;
+
+Block NewBlock(size_t size_bytes) {
+  return Block(static_cast<uint8_t*>(::operator new(size_bytes, std::align_val_t{kAlignment})),
+               [](uint8_t* block) { ::operator delete(block, std::align_val_t{kAlignment}); });
+}
+
+// Memory for a method's own structures: any number of blocks, which whoever holds `blocks` releases. ExecuTorch's XNNPACK
+// backend takes its address for the identity of a program, and gives programs of one identity one workspace.
 class BlockAllocator final : public executorch::runtime::MemoryAllocator {
  public:
   BlockAllocator() : MemoryAllocator(0, nullptr) {}
 
   void* allocate(size_t size, size_t alignment = kDefaultAlignment) override {
-    blocks_.push_back(std::make_unique<uint8_t[]>(size + alignment));
-    const auto address = reinterpret_cast<uintptr_t>(blocks_.back().get());
-    return reinterpret_cast<void*>((address + alignment - 1) / alignment * alignment);
+    if (alignment > kAlignment) return nullptr;
+    blocks->push_back(NewBlock(size));
+    return blocks->back().get();
   }
 
- private:
-  std::vector<std::unique_ptr<uint8_t[]>> blocks_;
+  std::vector<Block>* blocks = nullptr;
 };
+
+thread_local std::string last_log;  // the last that ExecuTorch had to say on this thread
+
+void KeepLog(et_timestamp_t, et_pal_log_level_t, const char*, const char*, size_t, const char* message, size_t length) {
+  last_log.assign(message, length);
+}
+
+void StartRuntime() {
+  static std::once_flag once;
+  std::call_once(once, [] {
+    // What went wrong is said in the error; the rest of the log is nothing to a user. register_pal would do, but it
+    // logs a line about the implementation that the Python wheel has registered before.
+    const_cast<executorch::runtime::PalImpl*>(executorch::runtime::get_pal_impl())->emit_log_message = KeepLog;
+    executorch::runtime::runtime_init();
+#ifdef __GLIBC__
+    // Buffers go back to the system when they are freed. By default glibc raises the size from which they do with each
+    // that is freed, and keeps tens of megabytes that two threads have left in each other's arenas.
+    mallopt(M_MMAP_THRESHOLD, 64 * 1024);
+#endif
+  });
+}
 
 }  // namespace
 
@@ -147,13 +186,29 @@ uint64_t TensorRecord::SizeBytes() const {
   return size_bytes;
 }
 
+std::shared_ptr<uint8_t> PlannedMemory::BlockFor(size_t place, size_t size_bytes) {
+  if (blocks_.size() <= place) blocks_.resize(place + 1);
+  if (blocks_[place].size_bytes < size_bytes) blocks_[place] = {NewBlock(size_bytes), size_bytes};
+  return blocks_[place].data;
+}
+
+struct Workspace::State {
+  BlockAllocator allocator;
+};
+
+Workspace::Workspace() : state_(std::make_unique<State>()) {}
+
+Workspace::~Workspace() = default;
+
 struct LoadedPartition::State {
   explicit State(const PartitionRecord& partition) : record(partition) {}
 
   [[noreturn]] void Fail(const std::string& message) const { throw PartitionError(record.name, message); }
 
   void Check(const std::string& doing, Error error) const {
-    if (error != Error::Ok) Fail(doing + " failed (ExecuTorch: " + executorch::runtime::to_string(error) + ")");
+    if (error == Error::Ok) return;
+    const std::string reason = last_log.empty() ? "" : ", " + last_log;
+    Fail(doing + " failed (ExecuTorch: " + executorch::runtime::to_string(error) + reason + ")");
   }
 
   // The program must take and return just what the manifest says: its buffers are sized by the manifest.
@@ -168,16 +223,69 @@ struct LoadedPartition::State {
     }
   }
 
+  void MapFiles(const FileStore& files) {
+    program_file = files.Map(record.program);
+    loader = std::make_unique<MappedLoader>(program_file);
+    for (const WeightsRecord& file : record.weights) weights.Add(files.Map(file.path), file.constants);
+  }
+
+  void LoadProgram(PlannedMemory& planned) {
+    auto loaded = executorch::runtime::Program::load(loader.get(),
+                                                     executorch::runtime::Program::Verification::InternalConsistency);
+    Check("loading the program", loaded.error());
+    program.emplace(std::move(*loaded));
+    auto meta = program->method_meta("forward");
+    Check("reading the program", meta.error());
+    if (meta->num_inputs() != record.inputs.size() || meta->num_outputs() != record.outputs.size()) {
+      Fail("the program takes " + std::to_string(meta->num_inputs()) + " tensors and returns " +
+           std::to_string(meta->num_outputs()) + ", which is not what the manifest says");
+    }
+    for (size_t i = 0; i < record.inputs.size(); ++i) {
+      CheckTensor("input", i, record.inputs[i], meta->input_tensor_meta(i));
+    }
+    for (size_t i = 0; i < record.outputs.size(); ++i) {
+      CheckTensor("output", i, record.outputs[i], meta->output_tensor_meta(i));
+    }
+    for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
+      auto size_bytes = meta->memory_planned_buffer_size(i);
+      Check("planning memory", size_bytes.error());
+      blocks.push_back(planned.BlockFor(i, static_cast<size_t>(*size_bytes)));
+      planned_spans.emplace_back(blocks.back().get(), static_cast<size_t>(*size_bytes));
+    }
+    planned_memory = std::make_unique<executorch::runtime::HierarchicalAllocator>(
+        Span<Span<uint8_t>>(planned_spans.data(), planned_spans.size()));
+    run_memory.blocks = &run_blocks;
+    memory = std::make_unique<executorch::runtime::MemoryManager>(&workspace->state_->allocator, planned_memory.get(),
+                                                                  &run_memory);
+  }
+
+  // Initialises the method; packed weights come from, or go to, the file at `packed_path` unless that is empty.
+  void LoadMethod(const std::string& packed_path) {
+    executorch::runtime::BackendOptions<3> options;
+    options.set_option("workspace_sharing_mode", 1);  // one for each program, of which Workspace makes more
+    options.set_option("weight_cache_enabled", !packed_path.empty());
+    if (!packed_path.empty()) options.set_option("packed_cache_path", packed_path.c_str());
+    executorch::runtime::LoadBackendOptionsMap backends;
+    Check("setting options", backends.set_options("XnnpackBackend", options.view()));
+    workspace->state_->allocator.blocks = &blocks;
+    auto loaded = program->load_method("forward", memory.get(), nullptr, &weights, &backends);
+    workspace->state_->allocator.blocks = nullptr;
+    Check("initialising the program", loaded.error());
+    method.emplace(std::move(*loaded));
+  }
+
   // Destroyed from the last to the first: the method before the memory and the files it points into.
   const PartitionRecord& record;
+  std::shared_ptr<Workspace> workspace;
   Mapping program_file;
   std::unique_ptr<MappedLoader> loader;
   MappedWeights weights;
+  std::optional<Mapping> packed;
   std::optional<executorch::runtime::Program> program;
-  std::vector<std::unique_ptr<uint8_t[]>> planned;
+  std::vector<Block> blocks;
+  std::vector<Block> run_blocks;
   std::vector<Span<uint8_t>> planned_spans;
   std::unique_ptr<executorch::runtime::HierarchicalAllocator> planned_memory;
-  BlockAllocator method_memory;
   BlockAllocator run_memory;
   std::unique_ptr<executorch::runtime::MemoryManager> memory;
   std::optional<executorch::runtime::Method> method;
@@ -186,52 +294,76 @@ struct LoadedPartition::State {
   std::vector<std::unique_ptr<TensorImpl>> tensors;
 };
 
-LoadedPartition::LoadedPartition(const FileStore& files, const PartitionRecord& record)
+LoadedPartition::LoadedPartition(const PartitionRecord& record, std::shared_ptr<Workspace> workspace,
+                                 const LoadContext& context)
     : state_(std::make_unique<State>(record)) {
-  static std::once_flag once;
-  std::call_once(once, executorch::runtime::runtime_init);
+  StartRuntime();
+  last_log.clear();
   State& state = *state_;
-  state.program_file = files.Map(record.program);
-  state.loader = std::make_unique<MappedLoader>(state.program_file);
-  for (const WeightsRecord& weights : record.weights) state.weights.Add(files.Map(weights.path), weights.constants);
-  auto program = executorch::runtime::Program::load(
-      state.loader.get(), executorch::runtime::Program::Verification::InternalConsistency);
-  state.Check("loading the program", program.error());
-  state.program.emplace(std::move(*program));
+  state.workspace = std::move(workspace);
+  state.MapFiles(context.files);
+  state.LoadProgram(context.planned);
+  const auto add = [&](What what, double start_s, uint64_t bytes) {
+    context.trace.Add({what, record.name, Lane::kLoader, start_s, context.trace.Now() - start_s, bytes,
+                       context.books.held_bytes()});
+  };
+  double start_s = context.trace.Now();
+  uint64_t read_bytes = 0;
+  if (context.packed != nullptr) {
+    state.packed = context.packed_cache->Find(context.packed->key, context.slab, read_bytes);
+    if (state.packed) read_bytes += ReadThrough(*state.packed, context.slab);
+  }
+  if (!state.packed) {
+    for (const Mapping& mapping : state.weights.mappings()) read_bytes += ReadThrough(mapping, context.slab);
+  }
+  add(What::kRead, start_s, read_bytes);
+  if (context.packed != nullptr && !state.packed) {
+    start_s = context.trace.Now();
+    const auto pack = [&](const std::string& path) {
+      std::vector<std::unique_ptr<LoadedPartition>> sharers;  // all there at once: the file is complete with the last
+      for (const PartitionRecord* sharer : context.packed->partitions) {
+        sharers.emplace_back(new LoadedPartition(*sharer, path, context));
+      }
+    };
+    if (context.packed_cache->Make(context.packed->key, pack, context.slab)) {
+      state.packed = context.packed_cache->Find(context.packed->key, context.slab, read_bytes);
+    }
+    add(What::kPack, start_s, 0);
+  }
+  start_s = context.trace.Now();
+  state.LoadMethod(state.packed ? state.packed->path() : "");
+  for (const Mapping& mapping : state.weights.mappings()) mapping.LetGo();
+  if (state.packed) PopulateSharedMappings(state.packed->path());
+  add(What::kInit, start_s, 0);
+}
 
-  auto meta = state.program->method_meta("forward");
-  state.Check("reading the program", meta.error());
-  if (meta->num_inputs() != record.inputs.size() || meta->num_outputs() != record.outputs.size()) {
-    state.Fail("the program takes " + std::to_string(meta->num_inputs()) + " tensors and returns " +
-               std::to_string(meta->num_outputs()) + ", which is not what the manifest says");
-  }
-  for (size_t i = 0; i < record.inputs.size(); ++i) {
-    state.CheckTensor("input", i, record.inputs[i], meta->input_tensor_meta(i));
-  }
-  for (size_t i = 0; i < record.outputs.size(); ++i) {
-    state.CheckTensor("output", i, record.outputs[i], meta->output_tensor_meta(i));
-  }
-
-  for (size_t i = 0; i < meta->num_memory_planned_buffers(); ++i) {
-    auto size_bytes = meta->memory_planned_buffer_size(i);
-    state.Check("planning memory", size_bytes.error());
-    state.planned.push_back(std::make_unique<uint8_t[]>(*size_bytes));
-    state.planned_spans.emplace_back(state.planned.back().get(), static_cast<size_t>(*size_bytes));
-  }
-  state.planned_memory = std::make_unique<executorch::runtime::HierarchicalAllocator>(
-      Span<Span<uint8_t>>(state.planned_spans.data(), state.planned_spans.size()));
-  state.memory = std::make_unique<executorch::runtime::MemoryManager>(&state.method_memory, state.planned_memory.get(),
-                                                                      &state.run_memory);
-  auto method = state.program->load_method("forward", state.memory.get(), nullptr, &state.weights);
-  state.Check("initialising the program", method.error());
-  state.method.emplace(std::move(*method));
+LoadedPartition::LoadedPartition(const PartitionRecord& record, const std::string& packed_path,
+                                 const LoadContext& context)
+    : state_(std::make_unique<State>(record)) {
+  state_->workspace = std::make_shared<Workspace>();
+  state_->MapFiles(context.files);
+  state_->LoadProgram(context.planned);
+  state_->LoadMethod(packed_path);
 }
 
 LoadedPartition::~LoadedPartition() = default;
 
+void LoadedPartition::DropFromPageCache() const {
+#ifdef POSIX_FADV_DONTNEED
+  if (state_->packed) posix_fadvise(state_->packed->descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+  for (const Mapping& mapping : state_->weights.mappings()) {
+    posix_fadvise(mapping.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+  }
+#endif
+}
+
 void LoadedPartition::Run(const std::vector<const void*>& inputs, const std::vector<void*>& outputs) {
   State& state = *state_;
   const PartitionRecord& record = state.record;
+  last_log.clear();
+  state.program_file.CheckUnchanged();
+  for (const Mapping& mapping : state.weights.mappings()) mapping.CheckUnchanged();
+  if (state.packed) state.packed->CheckUnchanged();
   state.tensors.clear();
   state.shapes.clear();
   state.orders.clear();
@@ -250,7 +382,9 @@ void LoadedPartition::Run(const std::vector<const void*>& inputs, const std::vec
     state.Check("setting output " + tensor.name,
                 state.method->set_output_data_ptr(outputs[i], tensor.SizeBytes(), i));
   }
-  state.Check("running", state.method->execute());
+  const Error error = state.method->execute();
+  state.run_blocks.clear();
+  state.Check("running", error);
 }
 
 }  // namespace movd

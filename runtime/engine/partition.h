@@ -4,20 +4,16 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "books.h"
+#include "errors.h"
 #include "file_store.h"
+#include "packed_cache.h"
+#include "trace.h"
 
 namespace movd {
-
-// Loading or running a partition failed; `partition` names it.
-struct PartitionError : std::runtime_error {
-  PartitionError(std::string partition_name, const std::string& what)
-      : std::runtime_error(partition_name + ": " + what), partition(std::move(partition_name)) {}
-  std::string partition;
-};
 
 struct TensorRecord {
   std::string name;
@@ -50,17 +46,74 @@ struct PartitionRecord {
   uint64_t working_bytes;
 };
 
+// The memory that programs plan for what they compute on the way. One program runs at a time, so that all share it: it
+// grows to what the largest needs.
+class PlannedMemory {
+ public:
+  // The block at a place of a program's plan, at least so large. Whoever uses it keeps it, too.
+  std::shared_ptr<uint8_t> BlockFor(size_t place, size_t size_bytes);
+
+  // Lets go of it; what is loaded keeps its part.
+  void Clear() { blocks_.clear(); }
+
+ private:
+  struct Block {
+    std::shared_ptr<uint8_t> data;
+    size_t size_bytes = 0;
+  };
+
+  std::vector<Block> blocks_;
+};
+
+// What XNNPACK uses while it runs. It locks a workspace while it runs in it and while it initialises for it, so a
+// partition that loads while another runs needs another one.
+class Workspace {
+ public:
+  Workspace();
+  ~Workspace();
+
+ private:
+  friend class LoadedPartition;
+  struct State;
+  std::unique_ptr<State> state_;
+};
+
+// Partitions that share a file of packed weights: they read the same weights, and no two data under one key.
+struct PackedGroup {
+  std::string key;
+  std::vector<const PartitionRecord*> partitions;
+};
+
+// What loading needs beside the partition: `packed` is null if its packed weights are not kept.
+struct LoadContext {
+  const FileStore& files;
+  PackedCache* packed_cache;
+  const PackedGroup* packed;
+  std::vector<uint8_t>& slab;
+  PlannedMemory& planned;
+  Trace& trace;
+  Books& books;
+};
+
 class LoadedPartition {
  public:
-  // Maps the files and initialises the method; throws FileError or PartitionError.
-  LoadedPartition(const FileStore& files, const PartitionRecord& record);
+  // Reads the files and initialises the method; throws FileError or PartitionError.
+  LoadedPartition(const PartitionRecord& record, std::shared_ptr<Workspace> workspace, const LoadContext& context);
   ~LoadedPartition();
 
-  // Runs on contiguous buffers in the order of the record's inputs and outputs; throws PartitionError.
+  // Runs on contiguous buffers in the order of the record's inputs and outputs; throws PartitionError, or FileError if
+  // a file that it still reads from has changed.
   void Run(const std::vector<const void*>& inputs, const std::vector<void*>& outputs);
+
+  // Tells the system that the weights need not stay in its page cache, for they come round too late to be found there.
+  void DropFromPageCache() const;
 
  private:
   struct State;
+
+  // Initialises the method only to pack its weights into a new file.
+  LoadedPartition(const PartitionRecord& record, const std::string& packed_path, const LoadContext& context);
+
   std::unique_ptr<State> state_;
 };
 

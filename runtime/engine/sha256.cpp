@@ -1,8 +1,13 @@
 #include "sha256.h"
 
+#include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 namespace movd {
 namespace {
@@ -39,24 +44,85 @@ void Compress(std::array<uint32_t, 8>& state, const uint8_t* block) {
   for (int i = 0; i < 8; ++i) state[i] += mixed[i];
 }
 
+void CompressPlain(std::array<uint32_t, 8>& state, const uint8_t* data, size_t blocks) {
+  for (; blocks > 0; --blocks, data += 64) Compress(state, data);
+}
+
+#if defined(__x86_64__)
+
+// The same with the processor's SHA instructions, which work on four rounds at a time and keep the state as ABEF, CDGH.
+__attribute__((target("sha,sse4.1"))) void CompressFast(std::array<uint32_t, 8>& state, const uint8_t* data,
+                                                        size_t blocks) {
+  const __m128i big_endian = _mm_set_epi64x(0x0c0d0e0f08090a0b, 0x0405060700010203);
+  const auto load = [&](const uint32_t* words) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(words));
+  };
+  const __m128i badc = _mm_shuffle_epi32(load(state.data()), 0xb1);
+  const __m128i hgfe = _mm_shuffle_epi32(load(state.data() + 4), 0x1b);
+  __m128i abef = _mm_alignr_epi8(badc, hgfe, 8);
+  __m128i cdgh = _mm_blend_epi16(hgfe, badc, 0xf0);
+  for (; blocks > 0; --blocks, data += 64) {
+    const __m128i abef_before = abef, cdgh_before = cdgh;
+    __m128i words[4];
+    for (int i = 0; i < 16; ++i) {
+      __m128i& now = words[i % 4];
+      if (i < 4) {
+        now = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(data + 16 * i)), big_endian);
+      } else {
+        const __m128i &next = words[(i + 1) % 4], &third = words[(i + 2) % 4], &last = words[(i + 3) % 4];
+        now = _mm_add_epi32(_mm_sha256msg1_epu32(now, next), _mm_alignr_epi8(last, third, 4));
+        now = _mm_sha256msg2_epu32(now, last);
+      }
+      __m128i round = _mm_add_epi32(now, load(kRound.data() + 4 * i));
+      cdgh = _mm_sha256rnds2_epu32(cdgh, abef, round);
+      round = _mm_shuffle_epi32(round, 0x0e);
+      abef = _mm_sha256rnds2_epu32(abef, cdgh, round);
+    }
+    abef = _mm_add_epi32(abef, abef_before);
+    cdgh = _mm_add_epi32(cdgh, cdgh_before);
+  }
+  const __m128i feba = _mm_shuffle_epi32(abef, 0x1b);
+  const __m128i dchg = _mm_shuffle_epi32(cdgh, 0xb1);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(state.data()), _mm_blend_epi16(feba, dchg, 0xf0));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(state.data() + 4), _mm_alignr_epi8(dchg, feba, 8));
+}
+
+using CompressAll = void (*)(std::array<uint32_t, 8>&, const uint8_t*, size_t);
+const CompressAll kCompress = __builtin_cpu_supports("sha") ? CompressFast : CompressPlain;
+
+#else
+
+constexpr auto kCompress = CompressPlain;
+
+#endif
+
 }  // namespace
 
-std::string Sha256Hex(const uint8_t* data, size_t size_bytes) {
-  std::array<uint32_t, 8> state = {0x6a09e667, 0xbb67ae85, 0x3c6ef372, 0xa54ff53a,
-                                   0x510e527f, 0x9b05688c, 0x1f83d9ab, 0x5be0cd19};
-  size_t done = 0;
-  for (; done + 64 <= size_bytes; done += 64) Compress(state, data + done);
-  // The tail: what is left, a one bit, zeros, and the length in bits; one or two blocks.
-  uint8_t tail[128] = {};
-  const size_t left = size_bytes - done;
-  if (left > 0) std::memcpy(tail, data + done, left);
-  tail[left] = 0x80;
-  const size_t tail_bytes = left < 56 ? 64 : 128;
-  const uint64_t bits = uint64_t{size_bytes} * 8;
-  for (int i = 0; i < 8; ++i) tail[tail_bytes - 1 - i] = static_cast<uint8_t>(bits >> (8 * i));
-  for (size_t offset = 0; offset < tail_bytes; offset += 64) Compress(state, tail + offset);
+void Sha256::Add(const uint8_t* data, size_t size_bytes) {
+  const size_t begun_bytes = size_bytes_ % 64;
+  size_bytes_ += size_bytes;
+  if (begun_bytes > 0) {
+    const size_t part_bytes = std::min(size_bytes, 64 - begun_bytes);
+    std::memcpy(block_.data() + begun_bytes, data, part_bytes);
+    if (begun_bytes + part_bytes < 64) return;
+    kCompress(state_, block_.data(), 1);
+    data += part_bytes;
+    size_bytes -= part_bytes;
+  }
+  kCompress(state_, data, size_bytes / 64);
+  if (size_bytes % 64 > 0) std::memcpy(block_.data(), data + size_bytes / 64 * 64, size_bytes % 64);
+}
+
+std::string Sha256::Hex() {
+  // The end: a one bit, zeros, and the length in bits; one or two blocks.
+  const uint64_t bits = size_bytes_ * 8;
+  uint8_t tail[72] = {0x80};
+  const size_t left = size_bytes_ % 64;
+  const size_t zeros = left < 56 ? 56 - left : 120 - left;
+  for (int i = 0; i < 8; ++i) tail[zeros + i] = static_cast<uint8_t>(bits >> (56 - 8 * i));
+  Add(tail, zeros + 8);
   std::string hex;
-  for (uint32_t word : state) {
+  for (uint32_t word : state_) {
     for (int shift = 28; shift >= 0; shift -= 4) hex += "0123456789abcdef"[(word >> shift) & 15];
   }
   return hex;

@@ -17,7 +17,7 @@ from movdc.compiler.errors import BudgetError, MovdcError
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.printer import print_graph
 from movdc.compiler.program import Graph, Program, Stage
-from movdc.compiler.schedule import check, sequential
+from movdc.compiler.residency import Chain, variant_of
 from movdc.passes.partition import Partition
 from movdc.passes.share_templates import ShareTemplates
 from movdc.runtime import bundle
@@ -79,7 +79,9 @@ def _manifest(name: str, piece: Piece) -> bundle.Partition:
 
 def _sequential_peak_bytes(graph: Graph, budget_bytes: int) -> int:
     made = [_manifest(str(index), piece) for index, piece in enumerate(split(graph))]
-    return check(sequential(made), {one.name: one for one in made}, graph.inputs, graph.outputs, budget_bytes)
+    machine = replace(MACHINE, budget_bytes=budget_bytes)
+    levels = variant_of(Chain.of(made, graph.inputs, 0), machine, "once", "net", graph.inputs, graph.outputs).residency
+    return levels[0].needs_bytes
 
 
 def test_fires(graph_of: GraphOf, program_of: ProgramOf) -> None:

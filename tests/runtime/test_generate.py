@@ -7,13 +7,20 @@ from typing import Any
 import numpy as np
 import pytest
 
-from movdc.runtime.bundle import Bundle, Decode, LeapRule, Manifest, Prompt, Sampler, Stage, Variant
+from movdc.runtime.bundle import Bundle, Decode, LeapRule, Manifest, Prompt, Residency, Sampler, Stage, Variant
 from movdc.runtime.generate import Array, Generator
 
 REPOSITORY = Path(__file__).parents[2]
 TOKENIZER = (REPOSITORY / "examples/checkpoints/tiny/text_encoder/tokenizer.json").read_bytes()
 LATENT = (1, 4, 1, 2, 2)
-EMPTY = Variant(inputs=(), outputs=(), schedule=(), peak_bytes=0)
+EMPTY = Variant(
+    inputs=(),
+    outputs=(),
+    order=(),
+    residency=(Residency(needs_bytes=0, prefetch=0),),
+    certificate=(),
+    peak_bytes=0,
+)
 
 
 class Straight:
@@ -25,7 +32,7 @@ class Straight:
     def read_file(self, path: str) -> bytes:
         return TOKENIZER
 
-    def run(self, stage: str, variant: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def run(self, stage: str, variant: str, inputs: Mapping[str, Array], then: str | None = None) -> dict[str, Array]:
         if stage == "denoiser":
             self.ran.append(variant)
         return {

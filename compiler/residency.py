@@ -1,0 +1,222 @@
+"""Residency: what each level of memory lets a variant keep loaded, and the certificate that says what it holds.
+
+Two lanes run a variant: one loads partitions in the order of their runs, the other runs them. Partitions of the pinned
+set stay; of the others, the transient ones, at most 1 + prefetch are there at a time. In a cyclic scan every fixed set
+of equal partitions is as good as the best that can be done (an LRU cache has no hits at all), and spread ones hide more
+loading than the first ones, because the loader gets ahead while they run. (Section 3.4 of arXiv 2502.04363 pins
+the first.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from movdc.compiler.device import Machine
+from movdc.compiler.errors import BudgetError
+from movdc.runtime.bundle import Interval, Partition, Residency, TensorSpec, Variant
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The partitions of a variant as they run, with the bytes of tensors before each runs and while it does."""
+
+    partitions: tuple[Partition, ...]
+    waiting_bytes: tuple[int, ...]
+    running_bytes: tuple[int, ...]
+    slab_bytes: int
+
+    @classmethod
+    def of(cls, partitions: Sequence[Partition], inputs: Sequence[TensorSpec], slab_bytes: int) -> Chain:
+        """A tensor lives from the run that makes it to the last that reads it; what nobody reads is an output."""
+        reads = {spec.name: index for index, one in enumerate(partitions) for spec in one.inputs}
+        ends = len(partitions)
+        live = {spec.name: (ends, spec.size_bytes) for spec in inputs}
+        waiting, running = [], []
+        for index, one in enumerate(partitions):
+            waiting.append(sum(size for _, size in live.values()))
+            live |= {spec.name: (reads.get(spec.name, ends), spec.size_bytes) for spec in one.outputs}
+            running.append(sum(size for _, size in live.values()))
+            live = {name: (last, size) for name, (last, size) in live.items() if last > index}
+        return cls(tuple(partitions), tuple(waiting), tuple(running), slab_bytes)
+
+
+def intervals(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> list[Interval]:
+    """The most that can be held in each interval, whatever the two lanes' speeds."""
+    stay = [one for one in chain.partitions if one.name in pinned]
+    stay_bytes = sum(one.held_bytes for one in stay)
+    stay_scratch_bytes = max((one.working_bytes for one in stay), default=0)
+    stay_loading_bytes = max((one.load_bytes - one.held_bytes for one in stay), default=0)
+    transient = [one for one in chain.partitions if one.name not in pinned]
+    found = []
+    done = 0  # transient partitions that have run
+    for index, one in enumerate(chain.partitions):
+        is_pinned = one.name in pinned
+        loading_bytes = one.load_bytes - (one.held_bytes if is_pinned else 0) + chain.slab_bytes
+        found.append(
+            Interval(
+                partition=one.name,
+                phase="load",
+                weights_bytes=stay_bytes,
+                loading_bytes=loading_bytes,
+                activation_bytes=chain.waiting_bytes[index],
+                scratch_bytes=stay_scratch_bytes,
+            )
+        )
+        ahead = _ahead(transient, done + (not is_pinned), prefetch + is_pinned, waits, alone=is_pinned)
+        own_bytes = 0 if is_pinned else one.held_bytes
+        before_bytes = [own_bytes, *accumulate((some.held_bytes for some in ahead), initial=own_bytes)][1:]
+        most = max(
+            [(before_bytes[-1], stay_loading_bytes)]
+            + [(before, some.load_bytes) for before, some in zip(before_bytes, ahead, strict=False)],
+            key=sum,
+        )
+        found.append(
+            Interval(
+                partition=one.name,
+                phase="run",
+                weights_bytes=stay_bytes + most[0],
+                loading_bytes=most[1] + chain.slab_bytes,
+                activation_bytes=chain.running_bytes[index],
+                scratch_bytes=stay_scratch_bytes + (0 if is_pinned else one.working_bytes),
+            )
+        )
+        done += not is_pinned
+    return found
+
+
+def _ahead(
+    transient: Sequence[Partition], first: int, slots: int, waits: frozenset[str], alone: bool
+) -> list[Partition]:
+    """The transient partitions that may be loaded beyond those that have run; `alone` if no other one is there."""
+    ahead: list[Partition] = []
+    for offset in range(min(slots, len(transient) - (not alone))):  # none is there twice
+        one = transient[(first + offset) % len(transient)]
+        if one.name in waits and not (alone and offset == 0):
+            break
+        ahead.append(one)
+    return ahead
+
+
+def residency(chain: Chain, machine: Machine, cadence: str) -> list[Residency]:
+    """The levels, from the least memory that works to everything loaded; a stage that runs once keeps nothing."""
+    nothing: frozenset[str] = frozenset()
+    levels = [_level(chain, nothing, 0, nothing)]
+    if waits := _waits(chain, machine.budget_bytes):
+        levels.append(_level(chain, nothing, 1, waits))
+    levels.append(_level(chain, nothing, 1, nothing))
+    if cadence != "once":
+        pinned: list[str] = []
+        for name in pinning_order(chain, machine):
+            pinned.append(name)
+            levels.append(_level(chain, frozenset(pinned), 1, nothing))
+    kept = levels[:1]
+    for level in levels[1:]:
+        while len(kept) > 1 and kept[-1].needs_bytes >= level.needs_bytes:  # less memory for more that stays
+            kept.pop()
+        if level.needs_bytes > kept[0].needs_bytes or level.pinned or level.prefetch:
+            kept.append(level)
+    return kept
+
+
+def variant_of(
+    chain: Chain,
+    machine: Machine,
+    cadence: str,
+    stage: str,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> Variant:
+    """A variant with its levels, and the certificate of the one that the budget allows; raises BudgetError."""
+    levels = residency(chain, machine, cadence)
+    fitting = [level for level in levels if level.needs_bytes <= machine.budget_bytes]
+    if not fitting:
+        raise BudgetError(
+            stage,
+            f"holds {levels[0].needs_bytes} bytes, the budget is {machine.budget_bytes}; "
+            "run the pass partition, or raise memory_budget",
+        )
+    best = fitting[-1]
+    return Variant(
+        inputs=tuple(inputs),
+        outputs=tuple(outputs),
+        order=tuple(one.name for one in chain.partitions),
+        residency=tuple(levels),
+        certificate=tuple(intervals(chain, frozenset(best.pinned), best.prefetch, frozenset(best.waits))),
+        peak_bytes=best.needs_bytes,
+    )
+
+
+def _level(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Residency:
+    needs_bytes = max(one.total_bytes for one in intervals(chain, pinned, prefetch, waits))
+    in_order = [one.name for one in chain.partitions]
+    return Residency(
+        needs_bytes=needs_bytes,
+        prefetch=prefetch,
+        pinned=tuple(name for name in in_order if name in pinned),
+        waits=tuple(name for name in in_order if name in waits),
+    )
+
+
+def _waits(chain: Chain, budget_bytes: int) -> frozenset[str]:
+    """The partitions whose load does not fit beside the run before; empty if all do, or if that does not help."""
+    names = [one.name for one in chain.partitions]
+    waits: frozenset[str] = frozenset()
+    while True:
+        over = [
+            one.partition
+            for one in intervals(chain, frozenset(), 1, waits)
+            if one.phase == "run" and one.total_bytes > budget_bytes
+        ]
+        more = waits | {names[(names.index(name) + 1) % len(names)] for name in over}
+        if more == waits:
+            return waits if len(waits) < len(names) and not over else frozenset()
+        waits = more
+
+
+def pinning_order(chain: Chain, machine: Machine) -> list[str]:
+    """All partitions, those first whose staying saves the most predicted time for its bytes; sets of them nest.
+
+    Where two save the same, the one goes first whose load is longest for its bytes, and then the one that is farthest
+    from those that stay already.
+    """
+    count = len(chain.partitions)
+    order: list[int] = []
+    while len(order) < count:
+        now_s = cycle_s(chain, machine, frozenset(order))
+        left = [index for index in range(count) if index not in order]
+
+        def worth(index: int, now_s: float = now_s) -> tuple[float, float, int, int]:
+            one = chain.partitions[index]
+            size_bytes = max(one.held_bytes, 1)
+            saved_s = now_s - cycle_s(chain, machine, frozenset([*order, index]))
+            apart = min((min((index - other) % count, (other - index) % count) for other in order), default=0)
+            load_s = machine.load_s(one.weight_bytes)
+            return round(saved_s / size_bytes * 1e12, 3), round(load_s / size_bytes * 1e12, 3), apart, -index
+
+        order.append(max(left, key=worth))
+    return [chain.partitions[index].name for index in order]
+
+
+def cycle_s(chain: Chain, machine: Machine, pinned: frozenset[int]) -> float:
+    """Predicted seconds of a run in the steady state of many, with one partition loaded ahead."""
+    cycles = 3  # the first one starts with nothing loaded
+    runs = [machine.run_s(one.flops) for one in chain.partitions]
+    loads = [machine.load_s(one.weight_bytes) for one in chain.partitions]
+    freed: list[float] = []  # when each transient run so far was over
+    loader_s = run_end_s = begin_s = 0.0
+    for cycle in range(cycles):
+        begin_s = run_end_s
+        for index, run_s in enumerate(runs):
+            ready_s = 0.0
+            if index not in pinned:
+                loader_s = max(loader_s, freed[-2] if len(freed) > 1 else 0.0) + loads[index]
+                ready_s = loader_s
+            elif cycle == 0:
+                loader_s += loads[index]
+                ready_s = loader_s
+            run_end_s = max(run_end_s, ready_s) + run_s
+            if index not in pinned:
+                freed.append(run_end_s)
+    return run_end_s - begin_s

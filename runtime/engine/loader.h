@@ -1,0 +1,93 @@
+// The loader lane: a thread that loads partitions in order, ahead of the execution lane, and what is loaded.
+#pragma once
+
+#include <condition_variable>
+#include <cstdint>
+#include <deque>
+#include <exception>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "books.h"
+#include "partition.h"
+#include "trace.h"
+
+namespace movd {
+
+// What stays loaded, and how far loading may run ahead (docs/bundle.md, residency).
+struct Rules {
+  std::set<std::string> pinned;
+  std::set<std::string> waits;
+  uint32_t prefetch = 0;
+};
+
+class Loader {
+ public:
+  using Load = std::function<std::unique_ptr<LoadedPartition>(const PartitionRecord&, std::shared_ptr<Workspace>)>;
+
+  Loader(Load load, Books& books, Trace& trace);
+  ~Loader();  // waits for the load in progress, and frees everything
+
+  // A run begins: forgets what was cancelled and what went wrong before.
+  void Begin();
+
+  // Goes on by these rules: `upcoming` are the runs to come, in order. What is loaded and neither stays nor comes first
+  // is freed before this returns, or as soon as it has loaded.
+  void Plan(const std::vector<const PartitionRecord*>& upcoming, const Rules& rules);
+
+  // Waits until a partition is loaded and marks it as running; rethrows what went wrong while loading.
+  LoadedPartition& Await(const PartitionRecord& record);
+
+  // The run is over: frees the partition unless it stays.
+  void Done(const PartitionRecord& record, bool drop_from_page_cache);
+
+  // Makes Await throw CancelledError until the next Begin.
+  void Cancel();
+
+  // Frees everything, after the load in progress; nothing is planned any more.
+  void Clear();
+
+ private:
+  enum class State { kLoading, kReady, kRunning };
+
+  struct Held {
+    State state = State::kLoading;
+    bool doomed = false;  // to be freed as soon as it has loaded
+    bool slot = false;  // whether it takes one of the 1 + prefetch places of transient partitions
+    std::shared_ptr<Workspace> workspace;
+    std::unique_ptr<LoadedPartition> loaded;
+    std::unique_ptr<Taken> taken;
+  };
+
+  void Work();
+  void LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& record);
+  bool MayStart(const PartitionRecord& record) const;
+  std::shared_ptr<Workspace> WorkspaceFor(bool pinned);
+  void Free(const std::string& name, Held held);
+
+  const Load load_;
+  Books& books_;
+  Trace& trace_;
+
+  std::mutex mutex_;  // over all that follows; never held while something loads, runs or is freed
+  std::condition_variable changed_;
+  std::map<std::string, Held> held_;
+  std::deque<const PartitionRecord*> queue_;
+  Rules rules_;
+  std::exception_ptr error_;
+  bool cancelled_ = false;
+  bool stopped_ = false;
+  // Pinned partitions share a workspace, since nothing loads for it while they run; each transient one has its own.
+  // They are used again, because ExecuTorch's backend remembers every one that it has seen.
+  const std::shared_ptr<Workspace> pinned_workspace_ = std::make_shared<Workspace>();
+  std::vector<std::shared_ptr<Workspace>> workspaces_;
+  std::thread thread_;
+};
+
+}  // namespace movd

@@ -1,0 +1,278 @@
+"""The engine: the same bits whatever it keeps and however far it loads ahead, and errors that free everything."""
+
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from movdc.compiler.residency import Chain, intervals
+from movdc.runtime.bundle import MANIFEST, NUMPY_DTYPES, SEAL, Bundle, Manifest, Residency, seal_of
+from movdc.runtime.errors import BudgetError, BundleError, CancelledError, RunError
+from movdc.runtime.executor import Executor
+
+pytestmark = pytest.mark.slow
+WATCHDOG_S = 60
+PLENTY_BYTES = 10**9
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class Denoiser:
+    """The example's denoiser with inputs that do not matter, and what it makes of them."""
+
+    bundle: Bundle
+    inputs: dict[str, Array]
+    expected: Array
+
+    def runs(self, executor: Executor, count: int) -> list[bool]:
+        """Whether each of so many runs gives the expected bits."""
+        made = []
+        for index in range(count):
+            then = "plain" if index + 1 < count else None
+            made.append(executor.run("denoiser", "plain", self.inputs, then)["velocity"])
+        return [np.array_equal(one, self.expected) for one in made]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("packed")
+
+
+@pytest.fixture(scope="module")
+def denoiser(bundle: Path) -> Denoiser:
+    read = Bundle.read(bundle)
+    generator = np.random.default_rng(0)
+    inputs = {
+        spec.name: generator.standard_normal(spec.shape).astype(NUMPY_DTYPES[spec.dtype])
+        for spec in read.stages["denoiser"].variants["plain"].inputs
+    }
+    inputs["text_mask"] = np.ones_like(inputs["text_mask"])
+    expected = Executor(read, mode="sequential").run("denoiser", "plain", inputs)["velocity"]
+    assert np.isfinite(expected).all()
+    return Denoiser(read, inputs, expected)
+
+
+def _in_time(work: Callable[[], Any]) -> Any:
+    """What `work` returns or raises; a run that hangs fails the test."""
+    ended: list[Any] = []
+
+    def attempt() -> None:
+        try:
+            ended.append(work())
+        except RunError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=attempt, daemon=True)
+    thread.start()
+    thread.join(WATCHDOG_S)
+    assert ended, "the engine hangs, or failed without a typed error"
+    return ended[0]
+
+
+def _with_level(denoiser: Denoiser, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Bundle:
+    """The bundle with one more level, of which the first is what it was; its files stay where they are."""
+    manifest = denoiser.bundle.manifest
+    variant = denoiser.bundle.stages["denoiser"].variants["plain"]
+    chain = Chain.of([denoiser.bundle.partitions[name] for name in variant.order], variant.inputs, manifest.slab_bytes)
+    needs_bytes = max(one.total_bytes for one in intervals(chain, pinned, prefetch, waits))
+    level = Residency(needs_bytes=needs_bytes, prefetch=prefetch, pinned=tuple(pinned), waits=tuple(waits))
+    levels = (variant.residency[0], level)
+    stage = denoiser.bundle.stages["denoiser"]
+    changed = stage.model_copy(update={"variants": {"plain": variant.model_copy(update={"residency": levels})}})
+    stages = tuple(changed if one.name == "denoiser" else one for one in manifest.stages)
+    return Bundle(denoiser.bundle.root, manifest.model_copy(update={"stages": stages}))
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_the_bits_are_the_same_whatever_stays_and_loads_ahead(
+    denoiser: Denoiser, packed: Path, data: st.DataObject
+) -> None:
+    names = denoiser.bundle.stages["denoiser"].variants["plain"].order
+    some = st.frozensets(st.sampled_from(names))
+    level = data.draw(some), data.draw(st.integers(0, 3)), data.draw(some)
+    bundle = _with_level(denoiser, *level)
+    budget_bytes = bundle.stages["denoiser"].variants["plain"].residency[1].needs_bytes
+    cache = data.draw(st.sampled_from([None, packed]))
+    executor = Executor(bundle, memory_budget=budget_bytes, packed_cache=cache)
+    pressures = data.draw(st.lists(st.tuples(st.floats(0, 0.1), st.sampled_from(["warning", "critical"])), max_size=3))
+
+    def press() -> None:
+        for after_s, pressure in pressures:
+            time.sleep(after_s)
+            executor.relieve(pressure)
+
+    presser = threading.Thread(target=press)
+    presser.start()
+    assert all(_in_time(lambda: denoiser.runs(executor, 3)))
+    presser.join()
+    assert executor.peak_bytes <= budget_bytes
+
+
+@pytest.mark.parametrize("mode", ["sequential", "concurrent", "dynamic"])
+def test_each_mode_gives_the_same_bits_within_its_certificate(denoiser: Denoiser, packed: Path, mode: Any) -> None:
+    executor = Executor(denoiser.bundle, mode=mode, packed_cache=packed)
+    assert all(denoiser.runs(executor, 3))
+    assert executor.peak_bytes <= denoiser.bundle.manifest.peak_bytes
+
+
+def test_with_memory_for_all_of_it_nothing_is_loaded_again(denoiser: Denoiser, packed: Path) -> None:
+    executor = Executor(denoiser.bundle, memory_budget=PLENTY_BYTES, packed_cache=packed)
+    assert all(denoiser.runs(executor, 3))
+    first, *later = executor.reports["denoiser"]
+    assert first.load_s > 0
+    assert all(one.load_s == one.wait_s == one.read_bytes == 0 for one in later)
+    assert set(later[-1].pinned) == set(denoiser.bundle.stages["denoiser"].variants["plain"].order)
+
+
+def test_pressure_frees_what_stays_and_later_runs_take_it_back_by_levels(denoiser: Denoiser, packed: Path) -> None:
+    executor = Executor(denoiser.bundle, memory_budget=PLENTY_BYTES, packed_cache=packed)
+    denoiser.runs(executor, 2)
+    residency = denoiser.bundle.stages["denoiser"].variants["plain"].residency
+    levels = list(dict.fromkeys(frozenset(level.pinned) for level in residency))
+    executor.relieve("critical")
+    kept = []
+    for _ in residency:
+        assert denoiser.runs(executor, 1) == [True]
+        kept.append(frozenset(executor.reports["denoiser"][-1].pinned))
+    assert kept[0] == frozenset()
+    assert all(levels.index(after) - levels.index(before) <= 1 for before, after in pairwise(kept))
+    assert kept[-1] == levels[-1]
+
+
+def test_a_budget_that_holds_nothing_is_refused_with_what_is_needed(denoiser: Denoiser) -> None:
+    executor = Executor(denoiser.bundle, memory_budget=1000)
+    with pytest.raises(BudgetError, match=r"denoiser needs \d+ bytes at least; the budget is 1000"):
+        denoiser.runs(executor, 1)
+    executor.set_budget(PLENTY_BYTES)
+    assert denoiser.runs(executor, 1) == [True]
+
+
+def test_a_run_is_cancelled_at_any_moment_and_the_next_one_is_whole(denoiser: Denoiser, packed: Path) -> None:
+    executor = Executor(denoiser.bundle, packed_cache=packed)
+    cancelled = 0
+    for delay_s in np.linspace(0, 0.08, 20):
+        timer = threading.Timer(float(delay_s), executor.cancel)
+        timer.start()
+        ended = _in_time(lambda: denoiser.runs(executor, 2))
+        timer.join()
+        cancelled += isinstance(ended, CancelledError)
+        assert isinstance(ended, CancelledError) or all(ended)
+        assert all(_in_time(lambda: denoiser.runs(executor, 1)))
+    assert cancelled > 0
+
+
+@pytest.fixture
+def copy(bundle: Path, tmp_path: Path) -> Path:
+    shutil.copytree(bundle, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def _damage(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "disappears":
+        path.unlink()
+    elif how == "shrinks":
+        with path.open("r+b") as file:
+            file.truncate(len(data) // 2)
+    else:
+        with path.open("r+b") as file:
+            file.seek(len(data) // 2)
+            file.write(bytes(255 - byte for byte in data[len(data) // 2 : len(data) // 2 + 64]))
+
+
+@pytest.mark.parametrize("how", ["disappears", "shrinks", "changes"])
+@pytest.mark.parametrize("what", ["weights", "program"])
+@pytest.mark.parametrize("mode", ["sequential", "dynamic"])
+def test_a_file_that_fails_between_two_runs_is_a_typed_error_or_harms_nothing(
+    denoiser: Denoiser, copy: Path, how: str, what: str, mode: Any
+) -> None:
+    executor = Executor(Bundle.read(copy), mode=mode, memory_budget=PLENTY_BYTES)
+    assert denoiser.runs(executor, 1) == [True]
+    second = Bundle.read(copy).partitions["denoiser.plain.1"]
+    _damage(copy / (second.program if what == "program" else second.weights[0]), how)
+    ended = _in_time(lambda: denoiser.runs(executor, 2))
+    if isinstance(ended, RunError):
+        assert isinstance(ended, BundleError)
+        assert Path(second.program).name in str(ended) or Path(second.weights[0]).name in str(ended)
+    else:
+        assert all(ended)  # what is loaded needs the file no more
+
+
+def test_a_program_that_cannot_be_initialised_is_named_and_nothing_stays(denoiser: Denoiser, copy: Path) -> None:
+    manifest = Bundle.read(copy).manifest
+    second = manifest.partitions[2]
+    assert second.name == "denoiser.plain.1"
+    broken = second.model_copy(update={"weights": ()})  # its program asks for constants that nobody has
+    partitions = tuple(broken if one is second else one for one in manifest.partitions)
+    text = manifest.model_copy(update={"partitions": partitions}).model_dump_json().encode()
+    Manifest.model_validate_json(text)
+    (copy / MANIFEST).write_bytes(text)
+    (copy / SEAL).write_text(seal_of(text))
+    executor = Executor(Bundle.read(copy))
+    for _ in range(3):
+        ended = _in_time(lambda: denoiser.runs(executor, 1))
+        assert isinstance(ended, RunError)
+        assert "denoiser.plain.1: initialising the program failed" in str(ended)
+
+
+def test_two_engines_run_at_once(denoiser: Denoiser, packed: Path) -> None:
+    ended: list[list[bool]] = []
+
+    def work() -> None:
+        ended.append(denoiser.runs(Executor(denoiser.bundle, packed_cache=packed), 3))
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WATCHDOG_S)
+    assert ended == [[True] * 3] * 2
+
+
+def test_packed_weights_that_are_damaged_or_deleted_are_made_again(denoiser: Denoiser, tmp_path: Path) -> None:
+    assert denoiser.runs(Executor(denoiser.bundle, packed_cache=tmp_path), 1) == [True]
+    first, second, *_ = files = sorted(tmp_path.glob("*.packed"))
+    _damage(first, "changes")
+    second.unlink()
+    assert denoiser.runs(Executor(denoiser.bundle, packed_cache=tmp_path), 2) == [True, True]
+    assert sorted(tmp_path.glob("*")) == files
+
+
+# In a process of its own, where nothing else comes and goes: KiB in memory, open files, kept files; before and after.
+THOUSAND_LOADS = """
+import sys
+from pathlib import Path
+import numpy as np
+from movdc.runtime.bundle import NUMPY_DTYPES, Bundle
+from movdc.runtime.executor import Executor
+
+bundle, packed = Bundle.read(Path(sys.argv[1])), Path(sys.argv[2])
+variant = bundle.stages["denoiser"].variants["plain"]
+inputs = {spec.name: np.zeros(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in variant.inputs}
+executor = Executor(bundle, mode="concurrent", packed_cache=packed)
+for loads in (400, 1000):
+    for _ in range(loads // len(variant.order)):
+        executor.run("denoiser", "plain", inputs, "plain")
+    status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    print(status["VmRSS"].split()[0], len(list(Path("/proc/self/fd").iterdir())), len(list(packed.iterdir())))
+"""
+
+
+def test_a_thousand_loads_leave_nothing_behind(denoiser: Denoiser, packed: Path) -> None:
+    command = [sys.executable, "-c", THOUSAND_LOADS, str(denoiser.bundle.root), str(packed)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10 * WATCHDOG_S)
+    before, after = ([int(number) for number in line.split()] for line in done.stdout.splitlines())
+    assert after[1:] == before[1:]
+    assert after[0] - before[0] < 1024  # KiB: less than half of one of the thousand
