@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := compiler models passes runtime targets
 
-.PHONY: setup demo check test format bench-passes
+.PHONY: setup demo check test format bench-passes bench-streaming
 
 setup: .venv/ready
 
@@ -36,6 +36,12 @@ test: check
 # on demand: each setting of the passes on the example, about 20 minutes
 bench-passes: setup
 	$(BIN)/python benchmarks/passes.py
+
+# on demand: the engine's modes and other runtimes within half of the weights, about 17 GB in build/streaming
+bench-streaming: setup
+	$(BIN)/pip install -q -c constraints.txt -r benchmarks/requirements.txt
+	$(BIN)/python benchmarks/streaming.py
+	$(BIN)/python benchmarks/streaming.py --budget-sweep
 
 format:
 	$(BIN)/ruff format .

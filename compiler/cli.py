@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
+from platformdirs import user_cache_path
 from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -140,7 +141,7 @@ def run(
     given = None if noise is None else _load_noise(noise)
     if mode not in MODES:
         raise RunError(f"--mode: unknown {mode!r}; there are {', '.join(MODES)}")
-    packed = None if no_packed_cache else packed_cache or Path(typer.get_app_dir("movdc")) / "packed"
+    packed = None if no_packed_cache else packed_cache or user_cache_path("movdc") / "packed"
     with _progress() as progress:
         executor = Executor(
             read,
@@ -180,7 +181,7 @@ def _print_trajectory(trajectory: Trajectory) -> None:
 def _print_reports(reports: Mapping[str, Sequence[RunReport]]) -> None:
     """What each stage took on both lanes, and what it held."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("stage", "runs", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):
+    for column in ("stage", "calls", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for stage, some in reports.items():
         wall_s, load_s, run_s, wait_s = (

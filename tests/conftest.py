@@ -30,9 +30,10 @@ class Refused(Protocol):
 
 
 @pytest.fixture(scope="session")
-def movdc() -> Movdc:
-    """The command of this environment."""
+def movdc(tmp_path_factory: pytest.TempPathFactory) -> Movdc:
+    """The command of this environment, with a cache folder of its own."""
     command = Path(sys.executable).with_name("movdc")
+    cache = {"XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
 
     def run(*arguments: object, cwd: Path | None = None, **environment: str) -> CompletedProcess[str]:
         return subprocess.run(
@@ -41,7 +42,7 @@ def movdc() -> Movdc:
             text=True,
             check=False,
             cwd=cwd,
-            env=os.environ | environment,
+            env=os.environ | cache | environment,
             timeout=COMMAND_LIMIT_S,
         )
 

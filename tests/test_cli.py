@@ -158,6 +158,22 @@ def test_a_number_out_of_range_is_refused(movdc: Movdc, bundle: Path, tmp_path: 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--mode", "fast", "--mode: unknown 'fast'; there are sequential, concurrent, dynamic"),
+        ("--memory-budget", "much", "--memory-budget: .*much"),
+        ("--memory-budget", "1MB", r"text_encoder needs \d+ bytes at least; the budget is 1000000"),
+    ],
+)
+def test_a_way_to_run_that_there_is_not_is_refused(
+    movdc: Movdc, refused: Refused, bundle: Path, tmp_path: Path, option: str, value: str, says: str
+) -> None:
+    message = refused(movdc("run", bundle, "--prompt", "a red circle", "-o", tmp_path / "clip.mp4", option, value))
+    assert re.search(says, message), message
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("command", ["run", "inspect"])
 def test_a_damaged_bundle_is_refused_by_the_name_of_its_file(
     movdc: Movdc, refused: Refused, bundle: Path, tmp_path: Path, command: str

@@ -107,6 +107,28 @@ def test_a_video_is_made(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
     assert video.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_trace_shows_both_lanes_and_the_modes_agree(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
+    made = []
+    for options in (["--mode", "sequential", "--no-packed-cache"], ["--trace", tmp_path / "t.json"]):
+        latents = tmp_path / "latents.npy"
+        common = ["--prompt", "a red circle", "--steps", 3, "-o", tmp_path / "clip.mp4", "--save-latents", latents]
+        done = movdc("run", bundle, *common, *options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert re.search(r"denoiser +3 ", done.stdout), done.stdout
+        made.append(np.load(latents))
+    assert np.array_equal(*made)
+    events = json.loads((tmp_path / "t.json").read_text())["traceEvents"]
+    lanes = {event["args"]["name"]: event["tid"] for event in events if event["name"] == "thread_name"}
+    spans = [event for event in events if event["ph"] == "X"]
+    assert {event["cat"] for event in spans if event["tid"] == lanes["loader"]} >= {"load", "read", "init"}
+    runs = [event for event in spans if event["cat"] == "run"]
+    assert all(event["tid"] == lanes["execution"] for event in runs)
+    order = Bundle.read(bundle).stages["denoiser"].variants["plain"].order
+    assert [event["name"] for event in runs if "denoiser" in event["name"]] == [f"run {name}" for name in order] * 3
+    loaded = {event["name"].removeprefix("load ") for event in spans if event["cat"] == "load"}
+    assert loaded == {event["name"].removeprefix("run ") for event in runs}
+
+
 def test_another_seed_and_another_prompt_give_other_latents(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
     made = []
     for seed, colour in ((8, "red"), (8, "red"), (9, "red"), (8, "blue")):
