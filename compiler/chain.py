@@ -45,6 +45,7 @@ class Chain:
     reads: tuple[tuple[int, ...], ...]  # the weights of each node, as indices of weight_bytes
     weight_bytes: tuple[int, ...]
     input_bytes: int  # the inputs of the stage, which stay to its end
+    output_bytes: int  # its results, which are still there when the next run begins to load
 
     @property
     def length(self) -> int:
@@ -70,6 +71,7 @@ def chain_of(graph: Graph) -> Chain:
         reads=tuple(tuple(names[arg.name] for arg in node.all_input_nodes if arg.name in names) for node in nodes),
         weight_bytes=tuple(sizes[name] for name in names),
         input_bytes=sum(spec.size_bytes for spec in graph.inputs),
+        output_bytes=sum(spec.size_bytes for spec in graph.outputs),
     )
 
 
@@ -127,6 +129,8 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine) -> Costs:
     chosen = np.asarray(positions)
     held = _held_bytes(chain, chosen)
     before, running = _activation_bytes(chain, chosen)
+    before[0] = max(before[0], chain.output_bytes)
+    running[0] = np.maximum(running[0], chain.output_bytes)
     done = np.cumsum([0, *chain.flops])[chosen]
     return Costs(
         machine=machine,

@@ -65,7 +65,7 @@ def most_held(
     runs = order * RUNS
     loads = [one for index, one in enumerate(runs) if one.name not in level.pinned or index < len(order)]
     load_of = _load_of_each_run(runs, loads, level)
-    tensors = _tensors(order, variant.inputs)
+    tensors, left_bytes = _tensors(order, variant.inputs)
     lasting_scratch = max((one.working_bytes for one in order if one.name in level.pinned), default=0)
     most: dict[tuple[str, str], int] = {}
     seen = set()
@@ -86,7 +86,7 @@ def most_held(
             place = now.finished % len(order)
             held = slab_bytes + lasting_scratch + sum(loads[index].held_bytes for index in there)
             held += loads[now.begun - 1].load_bytes if now.loading else 0
-            held += tensors[place][now.running]
+            held += max(tensors[place][now.running], left_bytes if place == 0 and not now.running else 0)
             held += one.working_bytes if now.running and one.name not in level.pinned else 0
             loaded = load_of[now.finished] < done_loads
             key = one.name, "run" if loaded else "load"
@@ -120,8 +120,11 @@ def _load_of_each_run(runs: list[Partition], loads: list[Partition], level: Resi
     return [places[one.name][0] if one.name in level.pinned else places[one.name].pop(0) for one in runs]
 
 
-def _tensors(order: list[Partition], inputs: tuple[TensorSpec, ...]) -> list[tuple[int, int]]:
-    """For each run, the bytes of tensors before it and while it goes on; raises if one is read that does not exist."""
+def _tensors(order: list[Partition], inputs: tuple[TensorSpec, ...]) -> tuple[list[tuple[int, int]], int]:
+    """For each run, the bytes of tensors before it and while it goes on; and those that are left at the end.
+
+    Raises CertificateError if one is read that does not exist.
+    """
     live = {spec.name: spec.size_bytes for spec in inputs}
     kept = set(live)
     found = []
@@ -135,4 +138,4 @@ def _tensors(order: list[Partition], inputs: tuple[TensorSpec, ...]) -> list[tup
         later = {spec.name for other in order[index + 1 :] for spec in other.inputs}
         read = {spec.name for other in order for spec in other.inputs}
         live = {name: size for name, size in live.items() if name in later or name in kept or name not in read}
-    return found
+    return found, sum(live.values())

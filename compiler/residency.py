@@ -20,7 +20,11 @@ from movdc.runtime.bundle import Interval, Partition, Residency, TensorSpec, Var
 
 @dataclass(frozen=True)
 class Chain:
-    """The partitions of a variant as they run, with the bytes of tensors before each runs and while it does."""
+    """The partitions of a variant as they run, with the bytes of tensors before each runs and while it does.
+
+    Before the first there may be the tensors that the end of the run before has left: they go when their reader has
+    them, and meanwhile the first partition loads.
+    """
 
     partitions: tuple[Partition, ...]
     waiting_bytes: tuple[int, ...]
@@ -39,6 +43,8 @@ class Chain:
             live |= {spec.name: (reads.get(spec.name, ends), spec.size_bytes) for spec in one.outputs}
             running.append(sum(size for _, size in live.values()))
             live = {name: (last, size) for name, (last, size) in live.items() if last > index}
+        left_bytes = sum(size for _, size in live.values())
+        waiting[0], running[0] = max(waiting[0], left_bytes), max(running[0], left_bytes)
         return cls(tuple(partitions), tuple(waiting), tuple(running), slab_bytes)
 
 

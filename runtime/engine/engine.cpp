@@ -219,7 +219,7 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
     }
     LoadedPartition& partition = loader_->Await(record);
     const bool stays = rules_.pinned.count(record.name) > 0;
-    const Taken scratch(books_, stays ? 0 : record.working_bytes, "running " + record.name);
+    std::optional<Taken> scratch(std::in_place, books_, stays ? 0 : record.working_bytes, "running " + record.name);
     std::vector<void*> targets;
     for (const TensorRecord& tensor : record.outputs) {
       Taken taken(books_, tensor.SizeBytes(), "tensor " + tensor.name);
@@ -240,6 +240,7 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
     for (const TensorRecord& tensor : record.inputs) {
       if (last_read[tensor.name] == i) tensors.erase(tensor.name);
     }
+    scratch.reset();  // before the loader may take more
     loader_->Done(record, drops_from_page_cache_);
     after(record.name);
   }

@@ -37,6 +37,7 @@ def chains(draw: st.DrawFn, max_nodes: int = 7) -> Chain:
         ),
         weight_bytes=tuple(weights),
         input_bytes=draw(small),
+        output_bytes=0,
     )
 
 
@@ -172,7 +173,7 @@ def test_cuts_are_only_made_where_they_may_be(chain: Chain, budget_bytes: int, d
 
 
 def test_fewer_positions_cost_what_they_cost_among_all() -> None:
-    chain = Chain((5, 7, 9, 2), (1, 2, 3, 4), (Value(0, 3, 8), Value(1, 2, 4)), ((0,), (1,), (0,), ()), (10, 20), 3)
+    chain = Chain((5, 7, 9, 2), (1, 2, 3, 4), (Value(0, 3, 8), Value(1, 2, 4)), ((0,), (1,), (0,), ()), (10, 20), 3, 0)
     few = costs(chain, [0, 2, 4], _machine(1000))
     among = costs(chain, range(5), _machine(1000)).at([0, 2, 4])
     upper = np.triu_indices(3, 1)
@@ -182,7 +183,7 @@ def test_fewer_positions_cost_what_they_cost_among_all() -> None:
 
 
 def test_variants_that_are_cut_alike_fit_together() -> None:
-    light = Chain((5, 5), (0, 0), (Value(0, 1, 10),), ((0,), (1,)), (100, 100), 0)
+    light = Chain((5, 5), (0, 0), (Value(0, 1, 10),), ((0,), (1,)), (100, 100), 0, 0)
     heavy = replace(light, flops=(50, 1), values=(Value(0, 1, 90),))
     both = largest([costs(one, range(3), _machine(400)) for one in (light, heavy)])
     assert both.run_s[0, 1] == 5.0

@@ -29,6 +29,7 @@ def _chain(kinds: str) -> tuple[Chain, list[int]]:
         reads=tuple((readers.index(index),) if index in readers else () for index in range(len(kinds))),
         weight_bytes=tuple(weights[kinds[index]] for index in readers),
         input_bytes=4,
+        output_bytes=0,
     )
     return chain, [ord(kind) for kind in kinds]
 

@@ -127,6 +127,18 @@ def test_each_mode_gives_the_same_bits_within_its_certificate(denoiser: Denoiser
     assert executor.peak_bytes <= denoiser.bundle.manifest.peak_bytes
 
 
+@pytest.mark.parametrize("mode", ["sequential", "concurrent", "dynamic"])
+def test_no_stage_holds_more_than_its_certificate(bundle: Path, packed: Path, mode: Any) -> None:
+    read = Bundle.read(bundle)
+    executor = Executor(read, mode=mode, packed_cache=packed)
+    for stage in read.manifest.stages:
+        for name, variant in stage.variants.items():
+            inputs = {spec.name: np.ones(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in variant.inputs}
+            for _ in range(3):
+                executor.run(stage.name, name, inputs, name)
+                assert executor.reports[stage.name][-1].peak_bytes <= variant.peak_bytes
+
+
 def test_with_memory_for_all_of_it_nothing_is_loaded_again(denoiser: Denoiser, packed: Path) -> None:
     executor = Executor(denoiser.bundle, memory_budget=PLENTY_BYTES, packed_cache=packed)
     assert all(denoiser.runs(executor, 3))
@@ -265,6 +277,7 @@ executor = Executor(bundle, mode="concurrent", packed_cache=packed)
 for loads in (400, 1000):
     for _ in range(loads // len(variant.order)):
         executor.run("denoiser", "plain", inputs, "plain")
+    executor.release()
     status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     print(status["VmRSS"].split()[0], len(list(Path("/proc/self/fd").iterdir())), len(list(packed.iterdir())))
 """
