@@ -83,8 +83,17 @@ def _template(root: Path, writer: BundleWriter, partition: Partition, inputs: li
     files = [_engine.FileRecord(file.path, file.size_bytes, file.sha256) for file in writer.files.values()]
     outputs: dict[str, Any] = {s.name: np.empty(s.shape, NUMPY_DTYPES[s.dtype]) for s in partition.outputs}
     arrays = {spec.name: value.numpy() for spec, value in zip(partition.inputs, inputs, strict=True)}
-    schedule = [(op, partition.name) for op in ("load", "run", "free")]
-    _engine.Engine(str(root), files, [record]).run(schedule, arrays, outputs, lambda index: None)
+    level = _engine.ResidencyRecord(0, 0, [], [])
+    variant = _engine.VariantRecord("stage", "plain", [], [], [partition.name], [level])
+    options = _engine.Options(
+        mode=_engine.Mode.sequential,
+        budget_bytes=10**9,
+        packed_cache="",
+        packed_cache_limit_bytes=0,
+        keeps_trace=False,
+    )
+    engine = _engine.Engine(str(root), files, [record], [variant], 4096, options)
+    engine.run("stage", "plain", arrays, outputs, "")
     return [torch.from_numpy(outputs[spec.name]) for spec in partition.outputs]
 
 
