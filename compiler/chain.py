@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from movdc.compiler.cost import flops, is_fused_with_users, maker, scratch_bytes, size_bytes
+from movdc.compiler.cost import flops, is_fused_with_users, maker, pointer_bytes, scratch_bytes, size_bytes
 from movdc.compiler.cut import Costs
 from movdc.compiler.device import Machine
 from movdc.compiler.folded import FoldedSource
@@ -46,6 +46,7 @@ class Chain:
     weight_bytes: tuple[int, ...]
     input_bytes: int  # the inputs of the stage, which stay to its end
     output_bytes: int  # its results, which are still there when the next run begins to load
+    pointer_bytes: int = 0  # what convolutions keep, as long as the stage runs
 
     @property
     def length(self) -> int:
@@ -72,6 +73,7 @@ def chain_of(graph: Graph) -> Chain:
         weight_bytes=tuple(sizes[name] for name in names),
         input_bytes=sum(spec.size_bytes for spec in graph.inputs),
         output_bytes=sum(spec.size_bytes for spec in graph.outputs),
+        pointer_bytes=sum(pointer_bytes(node) for node in nodes),
     )
 
 
@@ -131,12 +133,15 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine) -> Costs:
     before, running = _activation_bytes(chain, chosen)
     before[0] = max(before[0], chain.output_bytes)
     running[0] = np.maximum(running[0], chain.output_bytes)
+    inner = running - np.maximum(before[:, None], before[None, :])  # the values that live within a stretch
+    running = running + ((machine.value_copies - 1) * np.maximum(inner, 0)).astype(np.int64)
+    lasting_bytes = chain.input_bytes + machine.slab_bytes + chain.pointer_bytes + machine.node_bytes * chain.length
     done = np.cumsum([0, *chain.flops])[chosen]
     return Costs(
         machine=machine,
-        before_bytes=chain.input_bytes + machine.slab_bytes + before,
+        before_bytes=lasting_bytes + before,
         held_bytes=held,
-        running_bytes=chain.input_bytes + machine.slab_bytes + running + held,
+        running_bytes=lasting_bytes + running + held,
         run_s=machine.run_s(1) * np.maximum(done[None, :] - done[:, None], 0),
     )
 

@@ -85,7 +85,7 @@ def compile_(
 
     chosen = _one_of(spec_file, "target", target, _targets())()
     family = _one_of(spec_file, "family", None, _families())()
-    machine = Machine.of(profile, budget_bytes, chosen.load_copies)
+    machine = Machine.of(profile, budget_bytes, chosen.load_copies, chosen.value_copies, chosen.node_bytes)
     resolved = {"target": chosen.name, "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
     spec_file.spec = spec_file.spec.model_copy(update=resolved)
     try:
@@ -125,9 +125,6 @@ def run(
     packed_cache: Annotated[
         Path | None, typer.Option(help="Keep packed weights here; by default in the user's cache folder.")
     ] = None,
-    no_packed_cache: Annotated[
-        bool, typer.Option("--no-packed-cache", help="Pack weights at each load; writes nothing.")
-    ] = False,
     trace: Annotated[Path | None, typer.Option(help="Write what both lanes did here, for Perfetto (.json).")] = None,
 ) -> None:
     """Make a video with a bundle."""
@@ -141,13 +138,12 @@ def run(
     given = None if noise is None else _load_noise(noise)
     if mode not in MODES:
         raise RunError(f"--mode: unknown {mode!r}; there are {', '.join(MODES)}")
-    packed = None if no_packed_cache else packed_cache or user_cache_path("movdc") / "packed"
     with _progress() as progress:
         executor = Executor(
             read,
             mode=mode,
             memory_budget=_bytes("--memory-budget", memory_budget),
-            packed_cache=packed,
+            packed_cache=packed_cache or user_cache_path("movdc") / "packed",
             keeps_trace=trace is not None,
         )
         result = Generator(read, executor).generate(
@@ -207,7 +203,7 @@ def inspect(bundle: OutFolder) -> None:
     table.caption = "files by the first 8 digits of their names"
     for one in manifest.partitions:
         tensors = [sum(spec.size_bytes for spec in specs) for specs in (one.inputs, one.outputs)]
-        sizes = (f"{size / 1024:.0f}" for size in (one.weight_bytes, one.working_bytes, *tensors))
+        sizes = (f"{size / 1024:.0f}" for size in (one.weight_bytes, one.workspace_bytes + one.planned_bytes, *tensors))
         files = (Path(path).stem[:8] for path in (one.program, *one.weights))
         table.add_row(one.name, *sizes, f"{one.flops / 1e6:.0f}", next(files), " ".join(files) or "-")
     Console(width=max(console.width, INSPECT_COLUMNS)).print(table)

@@ -54,6 +54,15 @@ def scratch_bytes(node: fx.Node) -> int:
     return 0
 
 
+def pointer_bytes(node: fx.Node) -> int:
+    """Bytes of the pointers that a convolution keeps to what each place of its kernel reads for each pixel."""
+    if node.target is not aten.conv2d.default:
+        return 0
+    out, weight = node.meta["val"], node.args[1].meta["val"]
+    taps = math.prod(weight.shape[2:])
+    return 8 * math.prod(out.shape[2:]) * taps if taps > 1 else 0
+
+
 def flops(node: fx.Node) -> int:
     """2 x multiply-adds of a matrix product, attention or convolution; 0 for everything else."""
     if node.target is aten.linear.default:

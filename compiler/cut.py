@@ -45,7 +45,7 @@ class Costs:
         return len(self.before_bytes) - 1
 
     def load_bytes(self, start: int) -> Ints:
-        """[b]: bytes held while the weights from `start` to b are loaded."""
+        """[b]: bytes held while the weights from `start` to b are loaded for the first time; later it is held_bytes."""
         loading: Ints = (self.machine.load_copies * self.held_bytes[start]).astype(np.int64)
         return loading
 
@@ -55,8 +55,12 @@ class Costs:
         return seconds
 
     def need_bytes(self, start: int) -> Ints:
-        """[b]: bytes to load and run the stretch from `start` to b on its own; means nothing for b <= start."""
-        need: Ints = np.maximum(self.before_bytes[start] + self.load_bytes(start), self.running_bytes[start])
+        """[b]: bytes to load and run the stretch from `start` to b on its own; means nothing for b <= start.
+
+        What programs run in stays from one to the next, so that it is there when weights are loaded for the first time.
+        """
+        packing = self.load_bytes(start) - self.held_bytes[start]
+        need: Ints = np.maximum(self.before_bytes[start] + self.held_bytes[start], self.running_bytes[start]) + packing
         return need
 
     def at(self, positions: Sequence[int]) -> Costs:
@@ -98,7 +102,7 @@ def predict(costs: Costs, cuts: Sequence[int]) -> Prediction | None:
     run_s, running_bytes = 0.0, 0  # of the partition before
     for start, stop in pairwise(cuts):
         need_bytes = int(costs.need_bytes(start)[stop])
-        both_bytes = running_bytes + int(costs.load_bytes(start)[stop])
+        both_bytes = running_bytes + int(costs.held_bytes[start, stop])
         if start > 0 and both_bytes <= budget_bytes:
             seconds += max(run_s, costs.load_s(start)[stop])
             need_bytes = max(need_bytes, both_bytes)
@@ -140,7 +144,7 @@ def cheapest(costs: Costs, fee_s: float = 0.0, forced: Sequence[int] = ()) -> li
         found = costs.load_s(j)[reach]
         if j > 0:
             room_bytes = budget_bytes - costs.running_bytes[before, j]
-            slots = np.searchsorted(costs.load_bytes(j)[reach], room_bytes, side="right")
+            slots = np.searchsorted(costs.held_bytes[j, reach], room_bytes, side="right")
             found = _earliest(ready[before, j], costs.run_s[before, j], found, slots)
         ready[j, reach] = np.where(fits[reach], found + fees_s[j], np.inf)
     total_s = ready[:, end] + costs.run_s[:end, end]
@@ -150,7 +154,7 @@ def cheapest(costs: Costs, fee_s: float = 0.0, forced: Sequence[int] = ()) -> li
     while cuts[-1] > 0:
         k, j = cuts[-2:]
         run_s, load_s = costs.run_s[:j, j], costs.load_s(j)[k]
-        both = costs.running_bytes[:j, j] + costs.load_bytes(j)[k] <= budget_bytes
+        both = costs.running_bytes[:j, j] + costs.held_bytes[j, k] <= budget_bytes
         cuts.append(int((ready[:j, j] + np.where(both, np.maximum(run_s, load_s), run_s + load_s)).argmin()))
     return cuts[::-1]
 

@@ -41,11 +41,15 @@ class Machine:
     load_bytes_per_s: float
     compute_flops_per_s: float
     load_overhead_s: float
-    load_copies: float  # bytes held while loading, per byte of weights
+    load_copies: float  # bytes held while weights are loaded for the first time, per byte of weights
+    value_copies: float = 1.0  # bytes that a running program takes, per byte of the values within it
+    node_bytes: int = 0  # that a program takes for each of its nodes, as long as its stage runs
     slab_bytes: int = 0  # what the engine reads files through, held all the time
 
     @classmethod
-    def of(cls, profile: DeviceProfile, budget_bytes: int | None, load_copies: float) -> Machine:
+    def of(
+        cls, profile: DeviceProfile, budget_bytes: int | None, load_copies: float, value_copies: float, node_bytes: int
+    ) -> Machine:
         """The machine of a profile; a budget given explicitly replaces the profile's."""
         return cls(
             budget_bytes or profile.usable_memory,
@@ -53,6 +57,8 @@ class Machine:
             profile.compute_flops_per_s,
             profile.load_overhead_s,
             load_copies,
+            value_copies,
+            node_bytes,
             SLAB_BYTES,
         )
 

@@ -11,7 +11,7 @@ from movdc.compiler.emit import emit_all
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Program
 from movdc.compiler.residency import Chain, variant_of
-from movdc.compiler.target import Artifact, Target
+from movdc.compiler.target import Artifact, Memory, Target
 from movdc.runtime.bundle import Partition, Stage
 
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
@@ -48,7 +48,13 @@ def lower(
                     template = template_of[stage.name, variant][index]
                     weights = _write_weights(piece, artifacts[template], target, writer, Path(folder))
                     made.append(
-                        _partition(_name(stage.name, variant, index), piece, programs[template], weights, target)
+                        _partition(
+                            _name(stage.name, variant, index),
+                            piece,
+                            programs[template],
+                            weights,
+                            artifacts[template].memory,
+                        )
                     )
                     progress("weights", len(made), total)
                 chain = Chain.of(made[first:], graph.inputs, program.machine.slab_bytes)
@@ -77,7 +83,7 @@ def _write_weights(
     return tuple(paths)
 
 
-def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], target: Target) -> Partition:
+def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], memory: Memory) -> Partition:
     return Partition(
         name=name,
         program=program,
@@ -85,8 +91,10 @@ def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], 
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),
         weight_bytes=piece.weight_bytes,
-        held_bytes=piece.weight_bytes,
-        load_bytes=int(target.load_copies * piece.weight_bytes),
-        working_bytes=piece.working_bytes,
+        held_bytes=memory.held_bytes,
+        load_bytes=memory.held_bytes + piece.weight_bytes,
+        program_bytes=memory.program_bytes,
+        workspace_bytes=memory.workspace_bytes,
+        planned_bytes=memory.planned_bytes,
         flops=piece.flops,
     )

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import pairwise
 
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
@@ -48,44 +48,48 @@ class Chain:
         return cls(tuple(partitions), tuple(waiting), tuple(running), slab_bytes)
 
 
+def lasting_bytes(partitions: Sequence[Partition]) -> int:
+    """What is held as long as a variant runs: programs, and the workspace and planned memory that they share.
+
+    Both grow to what the largest needs. When the workspace grows, the one before is there until the new one is.
+    """
+    sizes = [one.workspace_bytes for one in partitions]
+    growing = [size for index, size in enumerate(sizes) if size > max(sizes[:index], default=0)]
+    workspace_bytes = max((before + after for before, after in pairwise([0, *growing])), default=0)
+    planned_bytes = max((one.planned_bytes for one in partitions), default=0)
+    return sum(one.program_bytes for one in partitions) + planned_bytes + workspace_bytes
+
+
 def intervals(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> list[Interval]:
-    """The most that can be held in each interval, whatever the two lanes' speeds."""
-    stay = [one for one in chain.partitions if one.name in pinned]
-    stay_bytes = sum(one.held_bytes for one in stay)
-    stay_scratch_bytes = max((one.working_bytes for one in stay), default=0)
-    stay_loading_bytes = max((one.load_bytes - one.held_bytes for one in stay), default=0)
+    """The most that can be held in each interval, whatever the two lanes' speeds, once all weights are packed."""
+    stay_bytes = sum(one.held_bytes for one in chain.partitions if one.name in pinned)
+    lasting = lasting_bytes(chain.partitions)
     transient = [one for one in chain.partitions if one.name not in pinned]
     found = []
     done = 0  # transient partitions that have run
     for index, one in enumerate(chain.partitions):
         is_pinned = one.name in pinned
-        loading_bytes = one.load_bytes - (one.held_bytes if is_pinned else 0) + chain.slab_bytes
+        own_bytes = 0 if is_pinned else one.held_bytes
         found.append(
             Interval(
                 partition=one.name,
                 phase="load",
                 weights_bytes=stay_bytes,
-                loading_bytes=loading_bytes,
+                loading_bytes=own_bytes + chain.slab_bytes,
                 activation_bytes=chain.waiting_bytes[index],
-                scratch_bytes=stay_scratch_bytes,
+                lasting_bytes=lasting,
             )
         )
         ahead = _ahead(transient, done + (not is_pinned), prefetch + is_pinned, waits, alone=is_pinned)
-        own_bytes = 0 if is_pinned else one.held_bytes
-        before_bytes = [own_bytes, *accumulate((some.held_bytes for some in ahead), initial=own_bytes)][1:]
-        most = max(
-            [(before_bytes[-1], stay_loading_bytes)]
-            + [(before, some.load_bytes) for before, some in zip(before_bytes, ahead, strict=False)],
-            key=sum,
-        )
+        *before, last_bytes = [own_bytes, *(some.held_bytes for some in ahead)] if ahead else [own_bytes, 0]
         found.append(
             Interval(
                 partition=one.name,
                 phase="run",
-                weights_bytes=stay_bytes + most[0],
-                loading_bytes=most[1] + chain.slab_bytes,
+                weights_bytes=stay_bytes + sum(before),
+                loading_bytes=last_bytes + chain.slab_bytes,
                 activation_bytes=chain.running_bytes[index],
-                scratch_bytes=stay_scratch_bytes + (0 if is_pinned else one.working_bytes),
+                lasting_bytes=lasting,
             )
         )
         done += not is_pinned
@@ -136,22 +140,32 @@ def variant_of(
 ) -> Variant:
     """A variant with its levels, and the certificate of the one that the budget allows; raises BudgetError."""
     levels = residency(chain, machine, cadence)
-    fitting = [level for level in levels if level.needs_bytes <= machine.budget_bytes]
-    if not fitting:
+    packing_needs_bytes = _packing_needs_bytes(chain)
+    if packing_needs_bytes > machine.budget_bytes:
         raise BudgetError(
             stage,
-            f"holds {levels[0].needs_bytes} bytes, the budget is {machine.budget_bytes}; "
+            f"holds {packing_needs_bytes} bytes, the budget is {machine.budget_bytes}; "
             "run the pass partition, or raise memory_budget",
         )
-    best = fitting[-1]
+    best = [level for level in levels if level.needs_bytes <= machine.budget_bytes][-1]
     return Variant(
         inputs=tuple(inputs),
         outputs=tuple(outputs),
         order=tuple(one.name for one in chain.partitions),
         residency=tuple(levels),
+        packing_needs_bytes=packing_needs_bytes,
         certificate=tuple(intervals(chain, frozenset(best.pinned), best.prefetch, frozenset(best.waits))),
         peak_bytes=best.needs_bytes,
     )
+
+
+def _packing_needs_bytes(chain: Chain) -> int:
+    """The most bytes held in a run that packs weights, which it does with one partition at a time and nothing else."""
+    packing = (
+        max(waiting + one.load_bytes, running + one.held_bytes)
+        for one, waiting, running in zip(chain.partitions, chain.waiting_bytes, chain.running_bytes, strict=True)
+    )
+    return max(packing) + chain.slab_bytes + lasting_bytes(chain.partitions)
 
 
 def _level(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Residency:

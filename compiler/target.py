@@ -32,12 +32,22 @@ class Slot:
 
 
 @dataclass(frozen=True)
+class Memory:
+    """What a lowered program takes on the device, in bytes."""
+
+    held_bytes: int  # by its weights, while it is loaded
+    program_bytes: int  # by the program itself, as long as its stage runs
+    workspace_bytes: int  # while it runs; the programs of a stage share one workspace
+    planned_bytes: int  # planned ahead for values on the way; the programs of a stage share that, too
+
+
+@dataclass(frozen=True)
 class Artifact:
     """A lowered template: one program for all partitions of the same text."""
 
     program: Path
     slots: tuple[Slot, ...]
-    scratch_bytes: int  # memory the program plans for itself, without inputs and outputs
+    memory: Memory
 
 
 @dataclass(frozen=True)
@@ -46,7 +56,9 @@ class Target(ABC):
 
     name: ClassVar[str]
     weights_suffix: ClassVar[str]
-    load_copies: ClassVar[float]  # bytes held for a moment while loading, per byte of weights
+    load_copies: ClassVar[float]  # bytes held while weights are loaded for the first time, per byte of weights
+    value_copies: ClassVar[float]  # bytes that a running program takes, per byte of the values within it
+    node_bytes: ClassVar[int]  # that a loaded program takes for each of its nodes
 
     @abstractmethod
     def refuse(self, node: fx.Node) -> str | None:

@@ -96,8 +96,10 @@ class Partition(_Record):
     outputs: tuple[TensorSpec, ...]
     weight_bytes: int  # as stored
     held_bytes: int  # as the target holds them once loaded
-    load_bytes: int  # held_bytes plus what loading needs for a moment
-    working_bytes: int  # scratch while running, without inputs and outputs
+    load_bytes: int  # while they are loaded for the first time, which packs them
+    program_bytes: int  # what the program takes beside them, as long as its stage runs
+    workspace_bytes: int  # of its kernels; the programs of a variant share one workspace, of the largest size
+    planned_bytes: int  # of values on the way; shared in the same way
     flops: int  # 2 x multiply-adds of matrix products and convolutions
 
 
@@ -123,12 +125,12 @@ class Interval(_Record):
     weights_bytes: int  # of the partitions that are loaded, as held
     loading_bytes: int  # of the one that may be loading meanwhile, and the slab that files are read through
     activation_bytes: int  # tensors of the stage and between partitions
-    scratch_bytes: int  # what the running program needs for itself
+    lasting_bytes: int  # programs, their workspace and what they plan: as long as the variant runs
 
     @property
     def total_bytes(self) -> int:
         """Everything held."""
-        return self.weights_bytes + self.loading_bytes + self.activation_bytes + self.scratch_bytes
+        return self.weights_bytes + self.loading_bytes + self.activation_bytes + self.lasting_bytes
 
 
 class Variant(_Record):
@@ -138,6 +140,7 @@ class Variant(_Record):
     outputs: tuple[TensorSpec, ...]
     order: tuple[str, ...]  # the partitions, as they run
     residency: tuple[Residency, ...] = Field(min_length=1)  # from the least memory to the most; the first pins nothing
+    packing_needs_bytes: int  # as Residency.needs_bytes, for a run by the first level that packs weights on the way
     certificate: tuple[Interval, ...]  # of the last row of residency that fits the budget
     peak_bytes: int  # its needs_bytes
 

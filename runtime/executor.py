@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,7 +30,8 @@ class Executor:
 
     `memory_budget` is for everything the engine holds, in bytes; None is what the bundle was compiled for. Packed
     weights are kept in the folder `packed_cache`, from one load to the next and from one process to the next; None
-    keeps none. One thread runs stages; `cancel` and `relieve` may come from any thread.
+    is a temporary folder, for as long as this lives. One thread runs stages; `cancel` and `relieve` may come from any
+    thread.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Executor:
         keeps_trace: bool = False,
     ) -> None:
         self._bundle = bundle
+        self._own_folder = tempfile.TemporaryDirectory(prefix="movdc-") if packed_cache is None else None
         self.reports: dict[str, list[RunReport]] = {}  # of every run, by stage
         manifest = bundle.manifest
         weights = {
@@ -60,7 +63,9 @@ class Executor:
                 [_record(spec) for spec in p.outputs],
                 p.held_bytes,
                 p.load_bytes,
-                p.working_bytes,
+                p.program_bytes,
+                p.workspace_bytes,
+                p.planned_bytes,
             )
             for p in manifest.partitions
         ]
@@ -72,6 +77,7 @@ class Executor:
                 [_record(spec) for spec in variant.outputs],
                 variant.order,
                 [_engine.ResidencyRecord(r.needs_bytes, r.prefetch, r.pinned, r.waits) for r in variant.residency],
+                variant.packing_needs_bytes,
             )
             for stage in manifest.stages
             for name, variant in stage.variants.items()
@@ -80,7 +86,7 @@ class Executor:
         options = _engine.Options(
             mode=MODES[mode],
             budget_bytes=manifest.budget_bytes if memory_budget is None else memory_budget,
-            packed_cache="" if packed_cache is None else str(packed_cache),
+            packed_cache=str(packed_cache) if self._own_folder is None else self._own_folder.name,
             packed_cache_limit_bytes=PACKED_LIMIT_BYTES,
             keeps_trace=keeps_trace,
         )

@@ -17,7 +17,8 @@ from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target
 from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import Constant
-from movdc.targets.ptd import recognise, write_ptd
+from movdc.targets.footprint import measure
+from movdc.targets.ptd import constants_of, recognise, write_ptd
 
 _TAG = "weights"
 
@@ -28,7 +29,9 @@ class ExecutorchXnnpack(Target):
 
     name: ClassVar[str] = "executorch-xnnpack"
     weights_suffix: ClassVar[str] = ".ptd"
-    load_copies: ClassVar[float] = 2.0  # XNNPACK packs the mapped weights into its own copy
+    load_copies: ClassVar[float] = 2.1  # XNNPACK packs the mapped weights into its own, slightly larger copy
+    value_copies: ClassVar[float] = 2.5  # in XNNPACK's workspace, or between delegates in what ExecuTorch plans
+    node_bytes: ClassVar[int] = 2400
 
     def refuse(self, node: fx.Node) -> str | None:
         """Why the XNNPACK and portable kernels cannot run a node."""
@@ -67,9 +70,16 @@ class ExecutorchXnnpack(Target):
         path.write_bytes(program.buffer)
         program.write_tensor_data_to_file(str(directory))
         stand_ins = directory / f"{_TAG}.ptd"
-        scratch_bytes = sum(program.executorch_program.execution_plan[0].non_const_buffer_sizes)
-        slots = recognise(piece, stand_ins.read_bytes()) if stand_ins.exists() else ()
-        return Artifact(path, slots, scratch_bytes)
+        data = stand_ins.read_bytes() if stand_ins.exists() else None
+        slots = recognise(piece, data) if data else ()
+        memory = measure(
+            path,
+            stand_ins if data else None,
+            constants_of(data) if data else (),
+            [piece.tensor(node) for node in piece.inputs],
+            [piece.tensor(node) for node in piece.outputs],
+        )
+        return Artifact(path, slots, memory)
 
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> tuple[Constant, ...]:
         """Write a .ptd file."""

@@ -66,7 +66,12 @@ def write_ptd(slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) 
         named[slot.key] = DataEntry(buffer_index=index, alignment=16, tensor_layout=layout)
     data = bytes(FlatTensorSerializer().serialize(DataPayload(buffers=buffers, named_data=named)))
     path.write_bytes(data)
-    return tuple(constant for constant, _ in _entries(data))
+    return constants_of(data)
+
+
+def constants_of(ptd: bytes) -> tuple[Constant, ...]:
+    """Where each tensor of a .ptd file lies, in the order of the keys."""
+    return tuple(constant for constant, _ in _entries(ptd))
 
 
 def _digest(tensor: torch.Tensor) -> bytes:

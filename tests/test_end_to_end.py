@@ -109,7 +109,7 @@ def test_a_video_is_made(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
 
 def test_a_trace_shows_both_lanes_and_the_modes_agree(movdc: Movdc, bundle: Path, tmp_path: Path) -> None:
     made = []
-    for options in (["--mode", "sequential", "--no-packed-cache"], ["--trace", tmp_path / "t.json"]):
+    for options in (["--mode", "sequential", "--packed-cache", tmp_path / "packed"], ["--trace", tmp_path / "t.json"]):
         latents = tmp_path / "latents.npy"
         common = ["--prompt", "a red circle", "--steps", 3, "-o", tmp_path / "clip.mp4", "--save-latents", latents]
         done = movdc("run", bundle, *common, *options)

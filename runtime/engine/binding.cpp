@@ -8,6 +8,7 @@
 #include <nanobind/stl/vector.h>
 
 #include "engine.h"
+#include "footprint.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
@@ -51,13 +52,22 @@ NB_MODULE(_engine, module) {
       .def(nb::init<std::string, std::vector<movd::ConstantRecord>>());
   nb::class_<movd::PartitionRecord>(module, "PartitionRecord")
       .def(nb::init<std::string, std::string, std::vector<movd::WeightsRecord>, std::vector<movd::TensorRecord>,
-                    std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t>());
+                    std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>());
+  nb::class_<movd::Footprint>(module, "Footprint")
+      .def_ro("held_bytes", &movd::Footprint::held_bytes)
+      .def_ro("program_bytes", &movd::Footprint::program_bytes)
+      .def_ro("workspace_bytes", &movd::Footprint::workspace_bytes)
+      .def_ro("planned_bytes", &movd::Footprint::planned_bytes);
+  module.def("measure", [](const std::string& root, const std::vector<movd::FileRecord>& files,
+                           const movd::PartitionRecord& partition, const std::string& folder) {
+    return movd::Measure(movd::FileStore(root, files, 256 * 1024), partition, folder);
+  });
 
   nb::class_<movd::ResidencyRecord>(module, "ResidencyRecord")
       .def(nb::init<uint64_t, uint32_t, std::vector<std::string>, std::vector<std::string>>());
   nb::class_<movd::VariantRecord>(module, "VariantRecord")
       .def(nb::init<std::string, std::string, std::vector<movd::TensorRecord>, std::vector<movd::TensorRecord>,
-                    std::vector<std::string>, std::vector<movd::ResidencyRecord>>());
+                    std::vector<std::string>, std::vector<movd::ResidencyRecord>, uint64_t>());
   nb::class_<movd::RunReport>(module, "RunReport")
       .def_ro("wall_s", &movd::RunReport::wall_s)
       .def_ro("load_s", &movd::RunReport::load_s)

@@ -17,20 +17,17 @@ Engine::Engine(FileStore files, std::vector<PartitionRecord> partitions, std::ve
                uint64_t slab_bytes, Options options)
     : files_(std::move(files)),
       variants_(std::move(variants)),
+      packed_cache_(options.packed_cache, options.packed_cache_limit_bytes),
       mode_(options.mode),
       budget_bytes_(options.budget_bytes),
       slab_(slab_bytes),
       trace_(options.keeps_trace) {
   for (PartitionRecord& record : partitions) partitions_.emplace(record.name, std::move(record));
-  if (!options.packed_cache.empty()) {
-    packed_cache_ = std::make_unique<PackedCache>(options.packed_cache, options.packed_cache_limit_bytes);
-  }
-  if (packed_cache_ != nullptr) GroupPacked();
+  GroupPacked();
   books_.Take(slab_bytes, "the slab");
   loader_ = std::make_unique<Loader>(
-      [this](const PartitionRecord& record, std::shared_ptr<Workspace> workspace) {
-        return Load(record, std::move(workspace));
-      },
+      [this](const PartitionRecord& record, const std::shared_ptr<Workspace>& workspace,
+             std::unique_ptr<LoadedPartition>& loaded) { Load(record, workspace, loaded); },
       books_, trace_);
 }
 
@@ -87,8 +84,16 @@ void Engine::GroupPacked() {
   }
 }
 
-// The row of residency to run by: the last one that fits what is left of the memory, as far as the mode allows.
-size_t Engine::Choose(const VariantRecord& variant) const {
+bool Engine::IsPacked(const VariantRecord& variant) {
+  return std::all_of(variant.order.begin(), variant.order.end(), [&](const std::string& name) {
+    const auto group = packed_group_of_.find(name);
+    return group == packed_group_of_.end() || packed_cache_.Has(packed_groups_[group->second].key);
+  });
+}
+
+// The row of residency to run by: the last one that fits what is left of the memory, as far as the mode allows. A run
+// that packs weights on the way needs more for that, and nothing beside.
+size_t Engine::Choose(const VariantRecord& variant) {
   const std::vector<ResidencyRecord>& rows = variant.residency;
   if (rows.empty()) throw ScheduleError(variant.stage + ": variant " + variant.name + " has no level of residency");
   uint64_t allowed_bytes = budget_bytes_;
@@ -96,13 +101,15 @@ size_t Engine::Choose(const VariantRecord& variant) const {
     const auto safe_bytes = static_cast<uint64_t>(static_cast<double>(left_bytes) * (1 - kSafety));
     allowed_bytes = std::min(allowed_bytes, books_.held_bytes() + safe_bytes);
   }
-  if (rows[0].needs_bytes > allowed_bytes) {
-    throw BudgetError(variant.stage + " needs " + std::to_string(rows[0].needs_bytes) +
+  const bool packs = !IsPacked(variant);
+  const uint64_t least_bytes = packs ? std::max(variant.packing_needs_bytes, rows[0].needs_bytes) : rows[0].needs_bytes;
+  if (least_bytes > allowed_bytes) {
+    throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) +
                       " bytes at least; the budget is " + std::to_string(budget_bytes_) + ", and " +
                       std::to_string(allowed_bytes) + " of it can be had now");
   }
   size_t best = 0;
-  for (size_t i = 1; i < rows.size() && mode_ != Mode::kSequential; ++i) {
+  for (size_t i = 1; i < rows.size() && mode_ != Mode::kSequential && !packs; ++i) {
     const bool fits = rows[i].needs_bytes <= allowed_bytes && rows[i].needs_bytes <= ceiling_bytes_;
     if (fits && (mode_ == Mode::kDynamic || rows[i].pinned.empty())) best = i;
   }
@@ -118,7 +125,7 @@ void Engine::Plan(const VariantRecord& variant, std::vector<std::string> upcomin
     variant_ = &variant;
     row_ = Choose(variant);
     const ResidencyRecord& row = variant.residency[row_];
-    rules = {{row.pinned.begin(), row.pinned.end()}, {row.waits.begin(), row.waits.end()}, row.prefetch};
+    rules = {{variant.order.begin(), variant.order.end()}, {row.pinned.begin(), row.pinned.end()}, {row.waits.begin(), row.waits.end()}, row.prefetch};
   }
   // Transient partitions come round in a cycle. Where the page cache cannot hold them all, it would drop each just
   // before it is read again, and pinned ones with them.
@@ -127,20 +134,41 @@ void Engine::Plan(const VariantRecord& variant, std::vector<std::string> upcomin
     if (rules.pinned.count(name) == 0) transient_bytes += PartitionOf(name).held_bytes;
   }
   drops_from_page_cache_ = transient_bytes > AvailableBytes();
-  loader_->Plan(records, rules);
-  uint64_t scratch_bytes = 0;
-  for (const std::string& name : rules.pinned) {
-    scratch_bytes = std::max(scratch_bytes, PartitionOf(name).working_bytes);
+  if (planned_for_ != &variant) {
+    loader_->Forget(rules.members);
+    planned_.Clear();
+    lasting_.reset();
+    lasting_ = std::make_unique<Taken>(books_, LastingBytes(variant), "programs of " + variant.stage);
+    planned_for_ = &variant;
   }
-  pinned_scratch_.reset();
-  pinned_scratch_ = std::make_unique<Taken>(books_, scratch_bytes, "the workspace of what stays loaded");
+  loader_->Plan(records, rules);
 }
 
-std::unique_ptr<LoadedPartition> Engine::Load(const PartitionRecord& record, std::shared_ptr<Workspace> workspace) {
+// What is held as long as a variant runs: its programs, the workspace and the memory that programs plan, both of which
+// grow to the largest. When a workspace grows, the one before is still there for a moment.
+uint64_t Engine::LastingBytes(const VariantRecord& variant) const {
+  uint64_t programs_bytes = 0, planned_bytes = 0, workspace_bytes = 0, most_bytes = 0;
+  for (const std::string& name : variant.order) {
+    const PartitionRecord& record = PartitionOf(name);
+    programs_bytes += record.program_bytes;
+    planned_bytes = std::max(planned_bytes, record.planned_bytes);
+    if (record.workspace_bytes <= workspace_bytes) continue;
+    most_bytes = std::max(most_bytes, workspace_bytes + record.workspace_bytes);
+    workspace_bytes = record.workspace_bytes;
+  }
+  return programs_bytes + planned_bytes + most_bytes;
+}
+
+void Engine::Load(const PartitionRecord& record, const std::shared_ptr<Workspace>& workspace,
+                  std::unique_ptr<LoadedPartition>& loaded) {
   const auto group = packed_group_of_.find(record.name);
   const PackedGroup* packed = group == packed_group_of_.end() ? nullptr : &packed_groups_[group->second];
-  const LoadContext context{files_, packed_cache_.get(), packed, slab_, planned_, trace_, books_};
-  return std::make_unique<LoadedPartition>(record, std::move(workspace), context);
+  const LoadContext context{files_, packed_cache_, packed, slab_, planned_, trace_, books_};
+  if (loaded != nullptr) {
+    loaded->Fetch(context);
+  } else {
+    loaded = std::make_unique<LoadedPartition>(record, workspace, context);
+  }
 }
 
 void Engine::Run(const std::string& stage, const std::string& variant, const std::map<std::string, Buffer>& inputs,
@@ -218,8 +246,6 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
       }
     }
     LoadedPartition& partition = loader_->Await(record);
-    const bool stays = rules_.pinned.count(record.name) > 0;
-    std::optional<Taken> scratch(std::in_place, books_, stays ? 0 : record.working_bytes, "running " + record.name);
     std::vector<void*> targets;
     for (const TensorRecord& tensor : record.outputs) {
       Taken taken(books_, tensor.SizeBytes(), "tensor " + tensor.name);
@@ -235,12 +261,11 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
     }
     const double start_s = trace_.Now();
     partition.Run(sources, targets);
-    trace_.Add({What::kRun, record.name, Lane::kExecution, start_s, trace_.Now() - start_s, record.working_bytes,
+    trace_.Add({What::kRun, record.name, Lane::kExecution, start_s, trace_.Now() - start_s, 0,
                 books_.held_bytes()});
     for (const TensorRecord& tensor : record.inputs) {
       if (last_read[tensor.name] == i) tensors.erase(tensor.name);
     }
-    scratch.reset();  // before the loader may take more
     loader_->Done(record, drops_from_page_cache_);
     after(record.name);
   }
@@ -272,7 +297,7 @@ void Engine::Relieve(Pressure level) {
 void Engine::RelieveIdle() {
   while (relieve_ && run_mutex_.try_lock()) {
     const std::lock_guard lock(run_mutex_, std::adopt_lock);
-    if (relieve_.exchange(false) && variant_ != nullptr) Plan(*variant_, {});
+    if (relieve_.exchange(false) && planned_for_ != nullptr) Plan(*variant_, {});
   }
 }
 
@@ -296,7 +321,8 @@ void Engine::Release() {
 void Engine::Clear() {
   loader_->Clear();
   planned_.Clear();
-  pinned_scratch_.reset();
+  lasting_.reset();
+  planned_for_ = nullptr;
 }
 
 RunReport Engine::report(const std::string& stage) const {

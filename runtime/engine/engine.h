@@ -35,6 +35,7 @@ struct VariantRecord {
   std::vector<TensorRecord> outputs;
   std::vector<std::string> order;
   std::vector<ResidencyRecord> residency;  // from the least memory to the most
+  uint64_t packing_needs_bytes;  // of a run that packs weights on the way
 };
 
 enum class Mode {
@@ -46,7 +47,7 @@ enum class Mode {
 struct Options {
   Mode mode = Mode::kDynamic;
   uint64_t budget_bytes = 0;
-  std::string packed_cache;  // a folder; empty keeps no packed weights
+  std::string packed_cache;  // the folder for packed weights
   uint64_t packed_cache_limit_bytes = UINT64_MAX;
   bool keeps_trace = false;
 };
@@ -104,12 +105,15 @@ class Engine {
   const VariantRecord& VariantOf(const std::string& stage, const std::string& variant) const;
   const PartitionRecord& PartitionOf(const std::string& name) const;
   void GroupPacked();
-  size_t Choose(const VariantRecord& variant) const;
+  bool IsPacked(const VariantRecord& variant);
+  size_t Choose(const VariantRecord& variant);
+  uint64_t LastingBytes(const VariantRecord& variant) const;
   void Plan(const VariantRecord& variant, std::vector<std::string> upcoming);
   void RelieveIdle();
   void Clear();
   void Grow(const VariantRecord& variant);
-  std::unique_ptr<LoadedPartition> Load(const PartitionRecord& record, std::shared_ptr<Workspace> workspace);
+  void Load(const PartitionRecord& record, const std::shared_ptr<Workspace>& workspace,
+            std::unique_ptr<LoadedPartition>& loaded);
   void Execute(const VariantRecord& variant, const std::map<std::string, Buffer>& inputs,
                const std::map<std::string, Buffer>& outputs, bool again,
                const std::function<void(const std::string&)>& after);
@@ -117,6 +121,7 @@ class Engine {
   FileStore files_;
   std::map<std::string, PartitionRecord> partitions_;
   std::vector<VariantRecord> variants_;
+  PackedCache packed_cache_;
   Mode mode_;
   std::atomic<uint64_t> budget_bytes_;
   std::atomic<bool> relieve_ = false;  // pressure that has not been acted on
@@ -126,7 +131,6 @@ class Engine {
   Books books_;
   Trace trace_;
   std::atomic<uint64_t> peak_bytes_ = 0;
-  std::unique_ptr<PackedCache> packed_cache_;
   std::vector<PackedGroup> packed_groups_;
   std::map<std::string, size_t> packed_group_of_;  // by partition
   std::mutex run_mutex_;  // one run at a time
@@ -136,7 +140,8 @@ class Engine {
   uint64_t ceiling_bytes_ = UINT64_MAX;  // rows that need more are out of reach since pressure
   Rules rules_;  // of that row; only whoever has run_mutex_ uses it and what follows
   bool drops_from_page_cache_ = false;
-  std::unique_ptr<Taken> pinned_scratch_;  // of the workspace that pinned partitions run in, one after the other
+  const VariantRecord* planned_for_ = nullptr;
+  std::unique_ptr<Taken> lasting_;  // what is held as long as that variant runs
   mutable std::mutex reports_mutex_;
   std::map<std::string, RunReport> reports_;
   std::unique_ptr<Loader> loader_;  // its thread uses what is above: destroyed first

@@ -117,18 +117,24 @@ uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
   return read_bytes;
 }
 
-void PopulateSharedMappings(const std::string& path) {
-#ifdef MADV_POPULATE_READ
+ForeignMappings::ForeignMappings(const std::string& path) {
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {  // FIRST-LAST r--s OFFSET DEVICE INODE PATH
     uintptr_t first = 0, last = 0;
     char access[5] = {};
     if (!line.ends_with(path) || std::sscanf(line.c_str(), "%zx-%zx %4s", &first, &last, access) != 3) continue;
-    if (access[3] == 's') madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_READ);
+    if (access[3] == 's') ranges_.emplace_back(reinterpret_cast<void*>(first), last - first);
   }
-#else
-  (void)path;
+}
+
+void ForeignMappings::Populate() const {
+#ifdef MADV_POPULATE_READ
+  for (const auto& [data, size_bytes] : ranges_) madvise(data, size_bytes, MADV_POPULATE_READ);
 #endif
+}
+
+void ForeignMappings::LetGo() const {
+  for (const auto& [data, size_bytes] : ranges_) madvise(data, size_bytes, MADV_DONTNEED);
 }
 
 FileStore::FileStore(std::string root, const std::vector<FileRecord>& files, size_t slab_bytes)

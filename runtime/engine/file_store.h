@@ -78,9 +78,23 @@ class Mapping {
   size_t size_bytes_ = 0;
 };
 
-// Puts the pages of every shared mapping of a file, as ExecuTorch makes them, into this process's tables at once: each
-// would cost a fault at its first use otherwise. Does nothing where the system cannot.
-void PopulateSharedMappings(const std::string& path);
+// Memory that somebody else has mapped from a file, as ExecuTorch does with packed weights.
+class ForeignMappings {
+ public:
+  ForeignMappings() = default;
+
+  // Finds the shared mappings of a file in this process; none where the system cannot tell.
+  explicit ForeignMappings(const std::string& path);
+
+  // Puts their pages into this process's tables at once: each would cost a fault at its first use otherwise.
+  void Populate() const;
+
+  // Lets go of their pages; they come back from the file when they are read again.
+  void LetGo() const;
+
+ private:
+  std::vector<std::pair<void*, size_t>> ranges_;
+};
 
 // Reads a whole file through the slab into the page cache, but for what is there already; returns the bytes read. Each
 // piece is given to `each`, if there is one, and then all are read. Throws FileError if the file is shorter than mapped.

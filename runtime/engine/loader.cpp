@@ -84,6 +84,15 @@ LoadedPartition& Loader::Await(const PartitionRecord& record) {
   return *held.loaded;
 }
 
+void Loader::Forget(const std::set<std::string>& members) {
+  {
+    const std::lock_guard lock(mutex_);
+    if (members == rules_.members) return;
+  }
+  Clear();
+  workspace_ = std::make_shared<Workspace>();
+}
+
 void Loader::Done(const PartitionRecord& record, bool drop_from_page_cache) {
   Held freed;
   {
@@ -93,11 +102,9 @@ void Loader::Done(const PartitionRecord& record, bool drop_from_page_cache) {
     if (rules_.pinned.count(record.name) > 0) return;
     held.state = State::kRunning;  // it takes its place until its memory is free
     freed.loaded = std::move(held.loaded);
-    freed.workspace = std::move(held.workspace);
     freed.taken = std::move(held.taken);
   }
-  if (drop_from_page_cache) freed.loaded->DropFromPageCache();
-  Free(record.name, std::move(freed));
+  Free(record.name, std::move(freed), drop_from_page_cache);
   {
     const std::lock_guard lock(mutex_);
     held_.erase(record.name);
@@ -116,6 +123,7 @@ void Loader::Cancel() {
 
 void Loader::Clear() {
   std::map<std::string, Held> freed;
+  std::map<std::string, std::unique_ptr<LoadedPartition>> forgotten;  // outlives the lock
   {
     std::unique_lock lock(mutex_);
     queue_.clear();
@@ -126,6 +134,9 @@ void Loader::Clear() {
     freed = std::exchange(held_, {});
   }
   for (auto& [name, held] : freed) Free(name, std::move(held));
+  const std::lock_guard lock(mutex_);
+  forgotten.swap(dormant_);
+  rules_.members.clear();
 }
 
 void Loader::Work() {
@@ -144,16 +155,15 @@ void Loader::LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& 
   Held& held = held_[record.name];  // stays where it is in the map
   held = Held{};
   held.slot = !pinned;
-  held.workspace = WorkspaceFor(pinned);
+  std::unique_ptr<LoadedPartition> loaded = std::move(dormant_[record.name]);
+  const std::shared_ptr<Workspace> workspace = workspace_;
   lock.unlock();
-  std::unique_ptr<LoadedPartition> loaded;
   std::unique_ptr<Taken> taken;
   std::exception_ptr error;
   const double start_s = trace_.Now();
   try {
-    taken = std::make_unique<Taken>(books_, record.load_bytes, "loading " + record.name);
-    loaded = load_(record, held.workspace);
-    taken->Resize(record.held_bytes, "holding " + record.name);
+    taken = std::make_unique<Taken>(books_, record.held_bytes, "loading " + record.name);
+    load_(record, workspace, loaded);
   } catch (...) {
     error = std::current_exception();
     loaded.reset();
@@ -190,18 +200,13 @@ bool Loader::MayStart(const PartitionRecord& record) const {
   return transient <= static_cast<ptrdiff_t>(rules_.prefetch);
 }
 
-std::shared_ptr<Workspace> Loader::WorkspaceFor(bool pinned) {
-  if (pinned) return pinned_workspace_;
-  for (const std::shared_ptr<Workspace>& one : workspaces_) {
-    if (one.use_count() == 1) return one;
-  }
-  return workspaces_.emplace_back(std::make_shared<Workspace>());
-}
-
-void Loader::Free(const std::string& name, Held held) {
+void Loader::Free(const std::string& name, Held held, bool drop_from_page_cache) {
   const double start_s = trace_.Now();
-  held.loaded.reset();
-  held.workspace.reset();
+  held.loaded->LetGo(drop_from_page_cache);
+  {
+    const std::lock_guard lock(mutex_);
+    dormant_[name] = std::move(held.loaded);
+  }
   held.taken.reset();
   trace_.Add({What::kFree, name, Lane::kExecution, start_s, trace_.Now() - start_s, 0, books_.held_bytes()});
 }

@@ -22,6 +22,7 @@ namespace movd {
 
 // What stays loaded, and how far loading may run ahead (docs/bundle.md, residency).
 struct Rules {
+  std::set<std::string> members;  // the partitions of the variant that runs
   std::set<std::string> pinned;
   std::set<std::string> waits;
   uint32_t prefetch = 0;
@@ -29,7 +30,9 @@ struct Rules {
 
 class Loader {
  public:
-  using Load = std::function<std::unique_ptr<LoadedPartition>(const PartitionRecord&, std::shared_ptr<Workspace>)>;
+  // Loads a partition for the first time, or brings back the weights of one that was loaded before.
+  using Load = std::function<void(const PartitionRecord&, const std::shared_ptr<Workspace>&,
+                                  std::unique_ptr<LoadedPartition>&)>;
 
   Loader(Load load, Books& books, Trace& trace);
   ~Loader();  // waits for the load in progress, and frees everything
@@ -40,6 +43,9 @@ class Loader {
   // Goes on by these rules: `upcoming` are the runs to come, in order. What is loaded and neither stays nor comes first
   // is freed before this returns, or as soon as it has loaded.
   void Plan(const std::vector<const PartitionRecord*>& upcoming, const Rules& rules);
+
+  // Another variant begins, of these partitions: what is loaded of the one before goes, programs and workspace included.
+  void Forget(const std::set<std::string>& members);
 
   // Waits until a partition is loaded and marks it as running; rethrows what went wrong while loading.
   LoadedPartition& Await(const PartitionRecord& record);
@@ -60,7 +66,6 @@ class Loader {
     State state = State::kLoading;
     bool doomed = false;  // to be freed as soon as it has loaded
     bool slot = false;  // whether it takes one of the 1 + prefetch places of transient partitions
-    std::shared_ptr<Workspace> workspace;
     std::unique_ptr<LoadedPartition> loaded;
     std::unique_ptr<Taken> taken;
   };
@@ -68,8 +73,7 @@ class Loader {
   void Work();
   void LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& record);
   bool MayStart(const PartitionRecord& record) const;
-  std::shared_ptr<Workspace> WorkspaceFor(bool pinned);
-  void Free(const std::string& name, Held held);
+  void Free(const std::string& name, Held held, bool drop_from_page_cache = false);
 
   const Load load_;
   Books& books_;
@@ -83,10 +87,10 @@ class Loader {
   std::exception_ptr error_;
   bool cancelled_ = false;
   bool stopped_ = false;
-  // Pinned partitions share a workspace, since nothing loads for it while they run; each transient one has its own.
-  // They are used again, because ExecuTorch's backend remembers every one that it has seen.
-  const std::shared_ptr<Workspace> pinned_workspace_ = std::make_shared<Workspace>();
-  std::vector<std::shared_ptr<Workspace>> workspaces_;
+  // Partitions of the variant that were loaded and freed: their programs stay initialised, for it costs little memory
+  // and much time, and their workspace with them.
+  std::map<std::string, std::unique_ptr<LoadedPartition>> dormant_;
+  std::shared_ptr<Workspace> workspace_;
   std::thread thread_;
 };
 

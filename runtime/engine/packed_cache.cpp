@@ -82,6 +82,8 @@ std::optional<Mapping> PackedCache::Find(const std::string& key, std::vector<uin
     if (!known) read_bytes += mapping.size_bytes();
     if (!known && name != key + "-" + DigestOf(mapping, slab) + kSuffix) {
       fs::remove(entry.path(), error);
+      const std::lock_guard lock(mutex_);
+      there_.erase(key);
       continue;
     }
     if (!known) {
@@ -108,6 +110,8 @@ bool PackedCache::Make(const std::string& key, const std::function<void(const st
   }
   if (!fs::exists(path, error) || fs::file_size(path, error) == 0) {
     fs::remove(path, error);
+    const std::lock_guard lock(mutex_);
+    there_.insert(key);
     return false;
   }
   std::string digest;
@@ -118,7 +122,21 @@ bool PackedCache::Make(const std::string& key, const std::function<void(const st
   fs::rename(path, fs::path(folder_) / (key + "-" + digest + kSuffix), error);
   if (error) throw FileError(folder_ + ": packed weights cannot be kept there (" + error.message() + ")");
   Trim();
+  const std::lock_guard lock(mutex_);
+  there_.insert(key);
   return true;
+}
+
+bool PackedCache::Has(const std::string& key) {
+  const std::lock_guard lock(mutex_);
+  if (there_.count(key) > 0) return true;
+  std::error_code error;
+  for (const fs::directory_entry& entry : fs::directory_iterator(folder_, error)) {
+    if (!entry.path().filename().string().starts_with(key) || entry.path().extension() != kSuffix) continue;
+    there_.insert(key);
+    return true;
+  }
+  return false;
 }
 
 void PackedCache::Trim() const {

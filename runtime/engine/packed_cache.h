@@ -7,7 +7,9 @@
 #include <cstdint>
 #include <functional>
 #include <map>
+#include <mutex>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -28,6 +30,9 @@ class PackedCache {
   bool Make(const std::string& key, const std::function<void(const std::string& path)>& pack,
             std::vector<uint8_t>& slab);
 
+  // Whether there is a file for a key, or nothing to put into one.
+  bool Has(const std::string& key);
+
   // A key for this processor and everything in `parts`.
   static std::string KeyOf(const std::vector<std::string>& parts);
 
@@ -36,7 +41,9 @@ class PackedCache {
 
   std::string folder_;
   uint64_t limit_bytes_;
-  std::map<std::string, Identity> checked_;  // by file name
+  std::map<std::string, Identity> checked_;  // by file name; the loader's
+  std::mutex mutex_;  // over what follows
+  std::set<std::string> there_;  // keys that have a file, as far as known, or need none
 };
 
 }  // namespace movd

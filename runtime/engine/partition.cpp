@@ -14,6 +14,7 @@
 #endif
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <map>
 #include <mutex>
@@ -98,8 +99,15 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
         constant.size_bytes > mapping.size_bytes() - constant.offset_bytes) {
       return Error::InvalidExternalData;
     }
-    return FreeableBuffer(mapping.data() + constant.offset_bytes, constant.size_bytes, nullptr);
+    kept_bytes_ += constant.size_bytes;
+    return FreeableBuffer(mapping.data() + constant.offset_bytes, constant.size_bytes,
+                          [](void* kept_bytes, void*, size_t size_bytes) {
+                            *static_cast<std::atomic<uint64_t>*>(kept_bytes) -= size_bytes;
+                          },
+                          &kept_bytes_);
   }
+
+  uint64_t kept_bytes() const { return kept_bytes_; }  // of what ExecuTorch has asked for and not given back
 
   Error load_data_into(std::string_view key, void* buffer, size_t size) const override {
     Result<FreeableBuffer> data = get_data(key);
@@ -128,6 +136,7 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
     return found == by_key_.end() ? nullptr : &found->second;
   }
 
+  mutable std::atomic<uint64_t> kept_bytes_ = 0;
   std::vector<Mapping> mappings_;
   std::vector<const std::string*> keys_;
   std::unordered_map<std::string, Entry> by_key_;
@@ -151,10 +160,12 @@ class BlockAllocator final : public executorch::runtime::MemoryAllocator {
   void* allocate(size_t size, size_t alignment = kDefaultAlignment) override {
     if (alignment > kAlignment) return nullptr;
     blocks->push_back(NewBlock(size));
+    size_bytes += size;
     return blocks->back().get();
   }
 
   std::vector<Block>* blocks = nullptr;
+  uint64_t size_bytes = 0;  // of all blocks so far
 };
 
 thread_local std::string last_log;  // the last that ExecuTorch had to say on this thread
@@ -259,6 +270,49 @@ struct LoadedPartition::State {
                                                                   &run_memory);
   }
 
+  // The part of loading that a trace shows as one event.
+  static void Add(const LoadContext& context, const PartitionRecord& record, What what, double start_s,
+                  uint64_t bytes = 0) {
+    context.trace.Add({what, record.name, Lane::kLoader, start_s, context.trace.Now() - start_s, bytes,
+                       context.books.held_bytes()});
+  }
+
+  void FindPacked(const LoadContext& context) {
+    const double start_s = context.trace.Now();
+    uint64_t read_bytes = 0;
+    packed = context.packed_cache.Find(context.packed->key, context.slab, read_bytes);
+    if (read_bytes > 0) Add(context, record, What::kVerify, start_s, read_bytes);
+  }
+
+  // Puts the weights of all that share them into one file, all there at once: it is complete with the last.
+  void Pack(const LoadContext& context) {
+    const Taken taken(context.books, record.load_bytes - record.held_bytes, "packing " + record.name);
+    const double start_s = context.trace.Now();
+    const auto pack = [&](const std::string& path) {
+      std::vector<std::unique_ptr<LoadedPartition>> sharers;
+      for (const PartitionRecord* sharer : context.packed->partitions) {
+        sharers.emplace_back(new LoadedPartition(*sharer, path, context));
+      }
+    };
+    if (context.packed_cache.Make(context.packed->key, pack, context.slab)) FindPacked(context);
+    Add(context, record, What::kPack, start_s);
+  }
+
+  void Read(const LoadContext& context) const {
+    const double start_s = context.trace.Now();
+    uint64_t read_bytes = packed ? ReadThrough(*packed, context.slab) : 0;
+    for (size_t i = 0; i < weights.mappings().size() && !packed; ++i) {
+      read_bytes += ReadThrough(weights.mappings()[i], context.slab);
+    }
+    Add(context, record, What::kRead, start_s, read_bytes);
+  }
+
+  void CheckUnchanged() const {
+    program_file.CheckUnchanged();
+    for (const Mapping& mapping : weights.mappings()) mapping.CheckUnchanged();
+    if (packed) packed->CheckUnchanged();
+  }
+
   // Initialises the method; packed weights come from, or go to, the file at `packed_path` unless that is empty.
   void LoadMethod(const std::string& packed_path) {
     executorch::runtime::BackendOptions<3> options;
@@ -281,6 +335,7 @@ struct LoadedPartition::State {
   std::unique_ptr<MappedLoader> loader;
   MappedWeights weights;
   std::optional<Mapping> packed;
+  ForeignMappings packed_in_use;  // by XNNPACK
   std::optional<executorch::runtime::Program> program;
   std::vector<Block> blocks;
   std::vector<Block> run_blocks;
@@ -303,38 +358,15 @@ LoadedPartition::LoadedPartition(const PartitionRecord& record, std::shared_ptr<
   state.workspace = std::move(workspace);
   state.MapFiles(context.files);
   state.LoadProgram(context.planned);
-  const auto add = [&](What what, double start_s, uint64_t bytes) {
-    context.trace.Add({what, record.name, Lane::kLoader, start_s, context.trace.Now() - start_s, bytes,
-                       context.books.held_bytes()});
-  };
-  double start_s = context.trace.Now();
-  uint64_t read_bytes = 0;
-  if (context.packed != nullptr) {
-    state.packed = context.packed_cache->Find(context.packed->key, context.slab, read_bytes);
-    if (state.packed) read_bytes += ReadThrough(*state.packed, context.slab);
-  }
-  if (!state.packed) {
-    for (const Mapping& mapping : state.weights.mappings()) read_bytes += ReadThrough(mapping, context.slab);
-  }
-  add(What::kRead, start_s, read_bytes);
-  if (context.packed != nullptr && !state.packed) {
-    start_s = context.trace.Now();
-    const auto pack = [&](const std::string& path) {
-      std::vector<std::unique_ptr<LoadedPartition>> sharers;  // all there at once: the file is complete with the last
-      for (const PartitionRecord* sharer : context.packed->partitions) {
-        sharers.emplace_back(new LoadedPartition(*sharer, path, context));
-      }
-    };
-    if (context.packed_cache->Make(context.packed->key, pack, context.slab)) {
-      state.packed = context.packed_cache->Find(context.packed->key, context.slab, read_bytes);
-    }
-    add(What::kPack, start_s, 0);
-  }
-  start_s = context.trace.Now();
+  if (context.packed != nullptr) state.FindPacked(context);
+  if (context.packed != nullptr && !state.packed) state.Pack(context);
+  state.Read(context);
+  const double start_s = context.trace.Now();
   state.LoadMethod(state.packed ? state.packed->path() : "");
   for (const Mapping& mapping : state.weights.mappings()) mapping.LetGo();
-  if (state.packed) PopulateSharedMappings(state.packed->path());
-  add(What::kInit, start_s, 0);
+  if (state.packed) state.packed_in_use = ForeignMappings(state.packed->path());
+  state.packed_in_use.Populate();
+  State::Add(context, record, What::kInit, start_s);
 }
 
 LoadedPartition::LoadedPartition(const PartitionRecord& record, const std::string& packed_path,
@@ -348,8 +380,11 @@ LoadedPartition::LoadedPartition(const PartitionRecord& record, const std::strin
 
 LoadedPartition::~LoadedPartition() = default;
 
-void LoadedPartition::DropFromPageCache() const {
+void LoadedPartition::LetGo(bool drop_from_page_cache) const {
+  state_->packed_in_use.LetGo();
+  for (const Mapping& mapping : state_->weights.mappings()) mapping.LetGo();
 #ifdef POSIX_FADV_DONTNEED
+  if (!drop_from_page_cache) return;
   if (state_->packed) posix_fadvise(state_->packed->descriptor(), 0, 0, POSIX_FADV_DONTNEED);
   for (const Mapping& mapping : state_->weights.mappings()) {
     posix_fadvise(mapping.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
@@ -357,13 +392,21 @@ void LoadedPartition::DropFromPageCache() const {
 #endif
 }
 
+void LoadedPartition::Fetch(const LoadContext& context) const {
+  state_->CheckUnchanged();
+  state_->Read(context);
+  state_->packed_in_use.Populate();
+}
+
+uint64_t LoadedPartition::unpacked_bytes() const { return state_->weights.kept_bytes(); }
+
+uint64_t LoadedPartition::temporary_bytes() const { return state_->run_memory.size_bytes; }
+
 void LoadedPartition::Run(const std::vector<const void*>& inputs, const std::vector<void*>& outputs) {
   State& state = *state_;
   const PartitionRecord& record = state.record;
   last_log.clear();
-  state.program_file.CheckUnchanged();
-  for (const Mapping& mapping : state.weights.mappings()) mapping.CheckUnchanged();
-  if (state.packed) state.packed->CheckUnchanged();
+  state.CheckUnchanged();
   state.tensors.clear();
   state.shapes.clear();
   state.orders.clear();
@@ -382,6 +425,7 @@ void LoadedPartition::Run(const std::vector<const void*>& inputs, const std::vec
     state.Check("setting output " + tensor.name,
                 state.method->set_output_data_ptr(outputs[i], tensor.SizeBytes(), i));
   }
+  state.run_memory.size_bytes = 0;
   const Error error = state.method->execute();
   state.run_blocks.clear();
   state.Check("running", error);

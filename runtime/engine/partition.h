@@ -41,9 +41,11 @@ struct PartitionRecord {
   std::vector<WeightsRecord> weights;
   std::vector<TensorRecord> inputs;
   std::vector<TensorRecord> outputs;
-  uint64_t held_bytes;
-  uint64_t load_bytes;
-  uint64_t working_bytes;
+  uint64_t held_bytes;  // by its weights while it is loaded
+  uint64_t load_bytes;  // while its weights are packed
+  uint64_t program_bytes;  // by the program, loaded or not
+  uint64_t workspace_bytes;
+  uint64_t planned_bytes;
 };
 
 // The memory that programs plan for what they compute on the way. One program runs at a time, so that all share it: it
@@ -52,6 +54,12 @@ class PlannedMemory {
  public:
   // The block at a place of a program's plan, at least so large. Whoever uses it keeps it, too.
   std::shared_ptr<uint8_t> BlockFor(size_t place, size_t size_bytes);
+
+  uint64_t size_bytes() const {
+    uint64_t sum_bytes = 0;
+    for (const Block& block : blocks_) sum_bytes += block.size_bytes;
+    return sum_bytes;
+  }
 
   // Lets go of it; what is loaded keeps its part.
   void Clear() { blocks_.clear(); }
@@ -65,8 +73,8 @@ class PlannedMemory {
   std::vector<Block> blocks_;
 };
 
-// What XNNPACK uses while it runs. It locks a workspace while it runs in it and while it initialises for it, so a
-// partition that loads while another runs needs another one.
+// What XNNPACK uses while it runs, for programs that run one after the other: it grows to what the largest needs, and
+// is there as long as one of them is. XNNPACK locks it while one runs in it, and while one initialises for it.
 class Workspace {
  public:
   Workspace();
@@ -84,10 +92,10 @@ struct PackedGroup {
   std::vector<const PartitionRecord*> partitions;
 };
 
-// What loading needs beside the partition: `packed` is null if its packed weights are not kept.
+// What loading needs beside the partition: `packed` is null if it has no weights.
 struct LoadContext {
   const FileStore& files;
-  PackedCache* packed_cache;
+  PackedCache& packed_cache;
   const PackedGroup* packed;
   std::vector<uint8_t>& slab;
   PlannedMemory& planned;
@@ -97,16 +105,27 @@ struct LoadContext {
 
 class LoadedPartition {
  public:
-  // Reads the files and initialises the method; throws FileError or PartitionError.
+  // Reads the weights, packing them if that is still to do, and initialises the method. Throws FileError,
+  // PartitionError, or BudgetError if packing needs more than may be taken.
   LoadedPartition(const PartitionRecord& record, std::shared_ptr<Workspace> workspace, const LoadContext& context);
   ~LoadedPartition();
+
+  // Lets go of the weights; the program stays. With `drop_from_page_cache` the system is told not to keep them either,
+  // for they come round too late to be found there.
+  void LetGo(bool drop_from_page_cache) const;
+
+  // Brings the weights back; throws FileError if a file has changed.
+  void Fetch(const LoadContext& context) const;
 
   // Runs on contiguous buffers in the order of the record's inputs and outputs; throws PartitionError, or FileError if
   // a file that it still reads from has changed.
   void Run(const std::vector<const void*>& inputs, const std::vector<void*>& outputs);
 
-  // Tells the system that the weights need not stay in its page cache, for they come round too late to be found there.
-  void DropFromPageCache() const;
+  // Bytes of weights that it reads from the bundle's files as they are, because nothing packs them.
+  uint64_t unpacked_bytes() const;
+
+  // Bytes that kernels took for themselves in the last run, and gave back.
+  uint64_t temporary_bytes() const;
 
  private:
   struct State;

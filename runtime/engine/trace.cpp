@@ -8,6 +8,7 @@ namespace {
 const char* NameOf(What what) {
   switch (what) {
     case What::kLoad: return "load";
+    case What::kVerify: return "verify";
     case What::kRead: return "read";
     case What::kPack: return "pack";
     case What::kInit: return "init";
@@ -25,7 +26,7 @@ void Trace::Add(Event event) {
   if (event.what == What::kLoad) totals_.load_s += event.duration_s;
   if (event.what == What::kRun) totals_.run_s += event.duration_s;
   if (event.what == What::kWait) totals_.wait_s += event.duration_s;
-  if (event.what == What::kRead) totals_.read_bytes += event.bytes;
+  if (event.what == What::kRead || event.what == What::kVerify) totals_.read_bytes += event.bytes;
   if (keeps_events_) events_.push_back(std::move(event));
 }
 

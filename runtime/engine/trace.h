@@ -11,7 +11,7 @@ namespace movd {
 
 enum class Lane { kLoader = 1, kExecution = 2 };
 
-enum class What { kLoad, kRead, kPack, kInit, kRun, kWait, kFree };
+enum class What { kLoad, kVerify, kRead, kPack, kInit, kRun, kWait, kFree };
 
 struct Event {
   What what;

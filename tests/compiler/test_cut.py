@@ -62,17 +62,17 @@ def _replay(chain: Chain, machine: Machine, cuts: tuple[int, ...]) -> tuple[floa
     running_s, running_bytes = 0.0, None
     for start, stop in pairwise(cuts):
         held = _held_bytes(chain, start, stop)
-        load_bytes, load_s = int(machine.load_copies * held), machine.load_s(held)
+        first_load_bytes, load_s = int(machine.load_copies * held), machine.load_s(held)
         waiting = sum(value.size_bytes for value in chain.values if value.first < start <= value.last)
-        alone_bytes = chain.input_bytes + waiting + load_bytes
-        if running_bytes is not None and running_bytes + load_bytes <= machine.budget_bytes:
+        alone_bytes = chain.input_bytes + waiting + held
+        if running_bytes is not None and running_bytes + held <= machine.budget_bytes:
             seconds += max(running_s, load_s)
-            peak_bytes = max(peak_bytes, running_bytes + load_bytes)
+            peak_bytes = max(peak_bytes, running_bytes + held)
         else:
             seconds += running_s + load_s
         running_bytes = held + max(_live_bytes(chain, start, stop, node) for node in range(start, stop))
         running_s = machine.run_s(sum(chain.flops[start:stop]))
-        peak_bytes = max(peak_bytes, alone_bytes, running_bytes)
+        peak_bytes = max(peak_bytes, max(alone_bytes, running_bytes) + first_load_bytes - held)
     return seconds + running_s, peak_bytes
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from movdc.compiler.checker import CertificateError, most_held
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
-from movdc.compiler.residency import Chain, cycle_s, intervals, pinning_order, residency, variant_of
+from movdc.compiler.residency import Chain, cycle_s, intervals, lasting_bytes, pinning_order, residency, variant_of
 from movdc.runtime.bundle import Partition, Residency, TensorSpec, Variant
 
 MACHINE = Machine(10**9, 1000.0, 1000.0, 0.0, 2.0)
@@ -21,7 +21,7 @@ def _tensor(name: str, items: int = 25) -> TensorSpec:
 
 
 def _partition(
-    index: int, held_bytes: int = 1000, working_bytes: int = 50, flops: int = 1000, items: int = 25
+    index: int, held_bytes: int = 1000, workspace_bytes: int = 50, flops: int = 1000, items: int = 25
 ) -> Partition:
     return Partition(
         name=f"s.plain.{index}",
@@ -31,8 +31,10 @@ def _partition(
         outputs=(_tensor(f"h{index}", items),),
         weight_bytes=held_bytes,
         held_bytes=held_bytes,
-        load_bytes=2 * held_bytes,
-        working_bytes=working_bytes,
+        load_bytes=held_bytes + 100,
+        program_bytes=10 + index,
+        workspace_bytes=workspace_bytes,
+        planned_bytes=3 * (index % 3),
         flops=flops,
     )
 
@@ -47,6 +49,7 @@ def _held(chain: Chain, level: Residency) -> dict[tuple[str, str], int]:
         outputs=(),
         order=tuple(one.name for one in chain.partitions),
         residency=(level,),
+        packing_needs_bytes=0,
         certificate=(),
         peak_bytes=0,
     )
@@ -75,6 +78,15 @@ def test_no_interleaving_holds_more_than_any_level_says(chain: Chain, data: st.D
     assert all(held[place] <= stated[place] for place in held)
 
 
+@settings(max_examples=50, deadline=None)
+@given(CHAINS)
+def test_packing_is_counted_exactly(chain: Chain) -> None:
+    variant = variant_of(chain, MACHINE, "once", "s", (_tensor("x"),), ())
+    partitions = {one.name: one for one in chain.partitions}
+    held = most_held(variant, variant.residency[0], partitions, SLAB_BYTES, packs=True)
+    assert max(held.values()) == variant.packing_needs_bytes
+
+
 @settings(max_examples=100, deadline=None)
 @given(CHAINS)
 def test_without_pinned_partitions_the_planner_is_exact(chain: Chain) -> None:
@@ -98,8 +110,22 @@ def test_levels_need_more_and_more_and_keep_more_and_more(chain: Chain) -> None:
     assert all(not level.pinned for level in residency(chain, MACHINE, "once"))
 
 
+def test_a_workspace_that_grows_is_counted_beside_the_one_before() -> None:
+    sizes = [50, 20, 70, 90, 10]
+    partitions = [_partition(index, workspace_bytes=size) for index, size in enumerate(sizes)]
+    assert lasting_bytes(partitions) == sum(one.program_bytes for one in partitions) + 6 + 70 + 90
+
+
+def test_a_first_load_must_fit_beside_the_smallest_level() -> None:
+    chain = _chain([_partition(0), _partition(1)])
+    needs = variant_of(chain, MACHINE, "once", "s", (_tensor("x"),), ()).packing_needs_bytes
+    with pytest.raises(BudgetError, match=f"holds {needs} bytes"):
+        variant_of(chain, Machine(needs - 1, 1000.0, 1000.0, 0.0, 2.0), "once", "s", (_tensor("x"),), ())
+    assert variant_of(chain, Machine(needs, 1000.0, 1000.0, 0.0, 2.0), "once", "s", (_tensor("x"),), ())
+
+
 def test_a_budget_between_two_levels_lets_some_partitions_wait() -> None:
-    chain = _chain([_partition(0), _partition(1), _partition(2, held_bytes=3000), _partition(3)])
+    chain = _chain([_partition(0), _partition(1), _partition(2, held_bytes=3000), _partition(3, held_bytes=500)])
     free = residency(chain, MACHINE, "once")[-1].needs_bytes
     machine = Machine(free - 1, 1000.0, 1000.0, 0.0, 2.0)
     variant = variant_of(chain, machine, "once", "s", (_tensor("x"),), ())

@@ -76,20 +76,18 @@ def _template(root: Path, writer: BundleWriter, partition: Partition, inputs: li
         weights,
         [tensor(spec) for spec in partition.inputs],
         [tensor(spec) for spec in partition.outputs],
-        0,
-        0,
-        0,
+        *([0] * 5),
     )
     files = [_engine.FileRecord(file.path, file.size_bytes, file.sha256) for file in writer.files.values()]
     outputs: dict[str, Any] = {s.name: np.empty(s.shape, NUMPY_DTYPES[s.dtype]) for s in partition.outputs}
     arrays = {spec.name: value.numpy() for spec, value in zip(partition.inputs, inputs, strict=True)}
     level = _engine.ResidencyRecord(0, 0, [], [])
-    variant = _engine.VariantRecord("stage", "plain", [], [], [partition.name], [level])
+    variant = _engine.VariantRecord("stage", "plain", [], [], [partition.name], [level], 0)
     options = _engine.Options(
         mode=_engine.Mode.sequential,
         budget_bytes=10**9,
-        packed_cache="",
-        packed_cache_limit_bytes=0,
+        packed_cache=str(root / "packed"),
+        packed_cache_limit_bytes=10**9,
         keeps_trace=False,
     )
     engine = _engine.Engine(str(root), files, [record], [variant], 4096, options)

@@ -1,0 +1,83 @@
+"""What a lowered program takes in memory, measured by the engine itself in a process of its own.
+
+Where the system lets one library go before another (Linux), delegated kernels take their memory and compute nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from movdc.compiler.errors import InternalError
+from movdc.compiler.target import Memory
+from movdc.runtime.bundle import Constant, TensorSpec
+
+
+def measure(
+    program: Path,
+    weights: Path | None,
+    constants: Sequence[Constant],
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+) -> Memory:
+    """Load and run a program; its weights, if it has any, lie in a file beside it."""
+    request = {
+        "program": program.name,
+        "weights": weights.name if weights else None,
+        "constants": [constant.model_dump() for constant in constants],
+        "inputs": [spec.model_dump() for spec in inputs],
+        "outputs": [spec.model_dump() for spec in outputs],
+    }
+    command = [sys.executable, "-m", "movdc.targets.footprint", str(program.parent)]
+    found = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    if found.returncode != 0:
+        raise InternalError(f"the memory of {program} cannot be measured: {found.stderr}")
+    return Memory(**json.loads(found.stdout))
+
+
+def _measure_here(folder: Path, request: dict[str, Any]) -> Memory:
+    dry_run = resources.files("movdc.runtime").joinpath("libdry_run.so")
+    if dry_run.is_file():
+        ctypes.CDLL(str(dry_run), ctypes.RTLD_GLOBAL)
+    from movdc.runtime import _engine
+
+    def tensors(specs: list[dict[str, Any]]) -> list[_engine.TensorRecord]:
+        return [_engine.TensorRecord(spec["name"], spec["dtype"], spec["shape"]) for spec in specs]
+
+    constants = [
+        _engine.ConstantRecord(*(one[key] for key in ("key", "offset_bytes", "size_bytes", "dtype", "shape")))
+        for one in request["constants"]
+    ]
+    partition = _engine.PartitionRecord(
+        "program",
+        request["program"],
+        [_engine.WeightsRecord(request["weights"], constants)] if request["weights"] else [],
+        tensors(request["inputs"]),
+        tensors(request["outputs"]),
+        *([0] * 5),
+    )
+    files = [_record(folder, name) for name in (request["program"], request["weights"]) if name]
+    with tempfile.TemporaryDirectory(dir=folder) as packed:
+        found = _engine.measure(str(folder), files, partition, packed)
+    return Memory(found.held_bytes, found.program_bytes, found.workspace_bytes, found.planned_bytes)
+
+
+def _record(folder: Path, name: str) -> Any:
+    from movdc.runtime import _engine
+
+    with (folder / name).open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return _engine.FileRecord(name, (folder / name).stat().st_size, digest)
+
+
+if __name__ == "__main__":
+    print(json.dumps(asdict(_measure_here(Path(sys.argv[1]), json.load(sys.stdin)))))
