@@ -1,4 +1,4 @@
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from enum import Enum
 from typing import Any
 
@@ -6,50 +6,9 @@ import numpy as np
 
 class FileError(RuntimeError): ...
 class PartitionError(RuntimeError): ...
-class ScheduleError(RuntimeError): ...
+class InputError(RuntimeError): ...
 class BudgetError(RuntimeError): ...
 class CancelledError(RuntimeError): ...
-
-class FileRecord:
-    def __init__(self, path: str, size_bytes: int, sha256: str, /) -> None: ...
-
-class TensorRecord:
-    def __init__(self, name: str, dtype: str, shape: Sequence[int], /) -> None: ...
-
-class ConstantRecord:
-    def __init__(self, key: str, offset_bytes: int, size_bytes: int, dtype: str, shape: Sequence[int], /) -> None: ...
-
-class WeightsRecord:
-    def __init__(self, path: str, constants: Sequence[ConstantRecord], /) -> None: ...
-
-class PartitionRecord:
-    def __init__(
-        self,
-        name: str,
-        program: str,
-        weights: Sequence[WeightsRecord],
-        inputs: Sequence[TensorRecord],
-        outputs: Sequence[TensorRecord],
-        held_bytes: int,
-        load_bytes: int,
-        working_bytes: int,
-        /,
-    ) -> None: ...
-
-class ResidencyRecord:
-    def __init__(self, needs_bytes: int, prefetch: int, pinned: Sequence[str], waits: Sequence[str], /) -> None: ...
-
-class VariantRecord:
-    def __init__(
-        self,
-        stage: str,
-        name: str,
-        inputs: Sequence[TensorRecord],
-        outputs: Sequence[TensorRecord],
-        order: Sequence[str],
-        residency: Sequence[ResidencyRecord],
-        /,
-    ) -> None: ...
 
 class Mode(Enum):
     sequential = 0
@@ -89,16 +48,7 @@ class RunReport:
     def pinned(self) -> list[str]: ...
 
 class Engine:
-    def __init__(
-        self,
-        root: str,
-        files: Sequence[FileRecord],
-        partitions: Sequence[PartitionRecord],
-        variants: Sequence[VariantRecord],
-        slab_bytes: int,
-        options: Options,
-        /,
-    ) -> None: ...
+    def __init__(self, root: str, options: Options, /) -> None: ...
     def read_file(self, path: str, /) -> bytes: ...
     def run(
         self,

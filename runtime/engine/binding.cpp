@@ -3,7 +3,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/map.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -38,26 +37,10 @@ void Run(movd::Engine& engine, const std::string& stage, const std::string& vari
 NB_MODULE(_engine, module) {
   nb::exception<movd::FileError>(module, "FileError");
   nb::exception<movd::PartitionError>(module, "PartitionError");
-  nb::exception<movd::ScheduleError>(module, "ScheduleError");
+  nb::exception<movd::InputError>(module, "InputError");
   nb::exception<movd::BudgetError>(module, "BudgetError");
   nb::exception<movd::CancelledError>(module, "CancelledError");
 
-  nb::class_<movd::FileRecord>(module, "FileRecord").def(nb::init<std::string, uint64_t, std::string>());
-  nb::class_<movd::TensorRecord>(module, "TensorRecord")
-      .def(nb::init<std::string, std::string, std::vector<int32_t>>());
-  nb::class_<movd::ConstantRecord>(module, "ConstantRecord")
-      .def(nb::init<std::string, uint64_t, uint64_t, std::string, std::vector<int32_t>>());
-  nb::class_<movd::WeightsRecord>(module, "WeightsRecord")
-      .def(nb::init<std::string, std::vector<movd::ConstantRecord>>());
-  nb::class_<movd::PartitionRecord>(module, "PartitionRecord")
-      .def(nb::init<std::string, std::string, std::vector<movd::WeightsRecord>, std::vector<movd::TensorRecord>,
-                    std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t>());
-
-  nb::class_<movd::ResidencyRecord>(module, "ResidencyRecord")
-      .def(nb::init<uint64_t, uint32_t, std::vector<std::string>, std::vector<std::string>>());
-  nb::class_<movd::VariantRecord>(module, "VariantRecord")
-      .def(nb::init<std::string, std::string, std::vector<movd::TensorRecord>, std::vector<movd::TensorRecord>,
-                    std::vector<std::string>, std::vector<movd::ResidencyRecord>>());
   nb::class_<movd::RunReport>(module, "RunReport")
       .def_ro("wall_s", &movd::RunReport::wall_s)
       .def_ro("load_s", &movd::RunReport::load_s)
@@ -79,12 +62,9 @@ NB_MODULE(_engine, module) {
 
   nb::class_<movd::Engine>(module, "Engine")
       .def("__init__",
-           [](movd::Engine* self, const std::string& root, const std::vector<movd::FileRecord>& files,
-              std::vector<movd::PartitionRecord> partitions, std::vector<movd::VariantRecord> variants,
-              uint64_t slab_bytes, movd::Options options) {
+           [](movd::Engine* self, const std::string& root, const movd::Options& options) {
              nb::gil_scoped_release release;
-             new (self) movd::Engine(movd::FileStore(root, files, slab_bytes), std::move(partitions),
-                                     std::move(variants), slab_bytes, std::move(options));
+             new (self) movd::Engine(root, options);
            })
       .def("read_file",
            [](const movd::Engine& engine, const std::string& path) {
