@@ -30,8 +30,11 @@ class Value {
   const std::string& path() const { return path_; }
 
   [[noreturn]] void Fail(const std::string& what) const {
-    throw FileError(std::string(kManifest) + ": " + (path_.empty() ? "" : path_ + ": ") + what +
-                    "; compile the bundle again");
+    std::string message = path_.empty() ? what : path_ + ": " + what;
+    for (char& c : message) {
+      if ((c & 0xE0) == 0) c = '?';  // a control character, of a name in the manifest
+    }
+    throw FileError(std::string(kManifest) + ": " + message + "; compile the bundle again");
   }
 
   // Checks that this is an object with all of `keys`, and no other but those of `defaulted`.
@@ -296,6 +299,7 @@ class Manifest {
         stage, name, value.At("inputs").Items(ReadTensor), value.At("outputs").Items(ReadTensor), {}, {}};
     const auto partition = [&](const Value& one) { return Find(partitions_, one, "the partitions").name; };
     variant.order = value.At("order").Items(partition);
+    CheckTensors(value, variant, partitions_);
     variant.residency = value.At("residency").Items([&](const Value& one) { return ReadLevel(one, variant.order); });
     const std::vector<ResidencyRecord>& levels = variant.residency;
     if (levels.empty() || !levels[0].pinned.empty()) value.At("residency").Fail("has no first level that pins nothing");
@@ -303,7 +307,6 @@ class Manifest {
     if (!std::is_sorted(levels.begin(), levels.end(), less)) {
       value.At("residency").Fail("does not go from the least memory to the most");
     }
-    CheckTensors(value, variant, partitions_);
     return variant;
   }
 

@@ -88,9 +88,7 @@ def _rewrite(root: Path, manifest: Manifest) -> Bundle:
     return Bundle.read(root)
 
 
-def _with_level(
-    denoiser: Denoiser, root: Path, pinned: frozenset[str], prefetch: int, waits: frozenset[str]
-) -> Bundle:
+def _with_level(denoiser: Denoiser, root: Path, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Bundle:
     """The bundle with one more level, of which the first is what it was; `root` holds its files."""
     manifest = denoiser.bundle.manifest
     variant = denoiser.bundle.stages["denoiser"].variants["plain"]
