@@ -6,50 +6,9 @@ import numpy as np
 
 class FileError(RuntimeError): ...
 class PartitionError(RuntimeError): ...
-class ScheduleError(RuntimeError): ...
+class InputError(RuntimeError): ...
 class BudgetError(RuntimeError): ...
 class CancelledError(RuntimeError): ...
-
-class FileRecord:
-    def __init__(self, path: str, size_bytes: int, sha256: str, /) -> None: ...
-
-class TensorRecord:
-    def __init__(self, name: str, dtype: str, shape: Sequence[int], /) -> None: ...
-
-class ConstantRecord:
-    def __init__(self, key: str, offset_bytes: int, size_bytes: int, dtype: str, shape: Sequence[int], /) -> None: ...
-
-class WeightsRecord:
-    def __init__(self, path: str, constants: Sequence[ConstantRecord], /) -> None: ...
-
-class PartitionRecord:
-    def __init__(
-        self,
-        name: str,
-        program: str,
-        weights: Sequence[WeightsRecord],
-        inputs: Sequence[TensorRecord],
-        outputs: Sequence[TensorRecord],
-        held_bytes: int,
-        load_bytes: int,
-        working_bytes: int,
-        /,
-    ) -> None: ...
-
-class ResidencyRecord:
-    def __init__(self, needs_bytes: int, prefetch: int, pinned: Sequence[str], waits: Sequence[str], /) -> None: ...
-
-class VariantRecord:
-    def __init__(
-        self,
-        stage: str,
-        name: str,
-        inputs: Sequence[TensorRecord],
-        outputs: Sequence[TensorRecord],
-        order: Sequence[str],
-        residency: Sequence[ResidencyRecord],
-        /,
-    ) -> None: ...
 
 class Mode(Enum):
     sequential = 0
@@ -88,17 +47,29 @@ class RunReport:
     @property
     def pinned(self) -> list[str]: ...
 
+class Footprint:
+    @property
+    def held_bytes(self) -> int: ...
+    @property
+    def program_bytes(self) -> int: ...
+    @property
+    def workspace_bytes(self) -> int: ...
+    @property
+    def planned_bytes(self) -> int: ...
+
+def measure(
+    root: str,
+    files: Sequence[tuple[str, int, str]],
+    program: str,
+    weights: str,
+    constants: Sequence[tuple[Any, ...]],
+    inputs: Sequence[tuple[Any, ...]],
+    outputs: Sequence[tuple[Any, ...]],
+    packed_cache: str,
+) -> Footprint: ...
+
 class Engine:
-    def __init__(
-        self,
-        root: str,
-        files: Sequence[FileRecord],
-        partitions: Sequence[PartitionRecord],
-        variants: Sequence[VariantRecord],
-        slab_bytes: int,
-        options: Options,
-        /,
-    ) -> None: ...
+    def __init__(self, root: str, options: Options, /) -> None: ...
     def read_file(self, path: str, /) -> bytes: ...
     def run(
         self,

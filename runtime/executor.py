@@ -46,52 +46,15 @@ class Executor:
         self._bundle = bundle
         self._own_folder = tempfile.TemporaryDirectory(prefix="movdc-") if packed_cache is None else None
         self.reports: dict[str, list[RunReport]] = {}  # of every run, by stage
-        manifest = bundle.manifest
-        weights = {
-            file.path: _engine.WeightsRecord(
-                file.path,
-                [_engine.ConstantRecord(c.key, c.offset_bytes, c.size_bytes, c.dtype, c.shape) for c in file.constants],
-            )
-            for file in manifest.weights
-        }
-        partitions = [
-            _engine.PartitionRecord(
-                p.name,
-                p.program,
-                [weights[path] for path in p.weights],
-                [_record(spec) for spec in p.inputs],
-                [_record(spec) for spec in p.outputs],
-                p.held_bytes,
-                p.load_bytes,
-                p.program_bytes,
-                p.workspace_bytes,
-                p.planned_bytes,
-            )
-            for p in manifest.partitions
-        ]
-        variants = [
-            _engine.VariantRecord(
-                stage.name,
-                name,
-                [_record(spec) for spec in variant.inputs],
-                [_record(spec) for spec in variant.outputs],
-                variant.order,
-                [_engine.ResidencyRecord(r.needs_bytes, r.prefetch, r.pinned, r.waits) for r in variant.residency],
-                variant.packing_needs_bytes,
-            )
-            for stage in manifest.stages
-            for name, variant in stage.variants.items()
-        ]
-        files = [_engine.FileRecord(file.path, file.size_bytes, file.sha256) for file in manifest.files]
         options = _engine.Options(
             mode=MODES[mode],
-            budget_bytes=manifest.budget_bytes if memory_budget is None else memory_budget,
+            budget_bytes=bundle.manifest.budget_bytes if memory_budget is None else memory_budget,
             packed_cache=str(packed_cache) if self._own_folder is None else self._own_folder.name,
             packed_cache_limit_bytes=PACKED_LIMIT_BYTES,
             keeps_trace=keeps_trace,
         )
         with self._errors():
-            self._engine = _engine.Engine(str(bundle.root), files, partitions, variants, manifest.slab_bytes, options)
+            self._engine = _engine.Engine(str(bundle.root), options)
 
     @property
     def peak_bytes(self) -> int:
@@ -148,12 +111,10 @@ class Executor:
             raise BudgetError(f"{error}; raise the memory budget, or free memory") from None
         except _engine.CancelledError as error:
             raise CancelledError(str(error)) from None
-        except (_engine.PartitionError, _engine.ScheduleError) as error:
+        except _engine.InputError as error:
+            raise InputError(str(error)) from None
+        except _engine.PartitionError as error:
             raise PartitionError(f"{error}; compile the bundle again, on the versions it names") from None
-
-
-def _record(spec: TensorSpec) -> _engine.TensorRecord:
-    return _engine.TensorRecord(spec.name, spec.dtype, spec.shape)
 
 
 def _checked(stage: str, spec: TensorSpec, inputs: Mapping[str, Array]) -> Array:

@@ -50,33 +50,31 @@ def _measure_here(folder: Path, request: dict[str, Any]) -> Memory:
         ctypes.CDLL(str(dry_run), ctypes.RTLD_GLOBAL)
     from movdc.runtime import _engine
 
-    def tensors(specs: list[dict[str, Any]]) -> list[_engine.TensorRecord]:
-        return [_engine.TensorRecord(spec["name"], spec["dtype"], spec["shape"]) for spec in specs]
-
-    constants = [
-        _engine.ConstantRecord(*(one[key] for key in ("key", "offset_bytes", "size_bytes", "dtype", "shape")))
-        for one in request["constants"]
-    ]
-    partition = _engine.PartitionRecord(
-        "program",
-        request["program"],
-        [_engine.WeightsRecord(request["weights"], constants)] if request["weights"] else [],
-        tensors(request["inputs"]),
-        tensors(request["outputs"]),
-        *([0] * 5),
-    )
-    files = [_record(folder, name) for name in (request["program"], request["weights"]) if name]
-    with tempfile.TemporaryDirectory(dir=folder) as packed:
-        found = _engine.measure(str(folder), files, partition, packed)
+    files = [_file(folder, name) for name in (request["program"], request["weights"]) if name]
+    with tempfile.TemporaryDirectory(dir=folder) as packed_cache:
+        found = _engine.measure(
+            root=str(folder),
+            files=files,
+            program=request["program"],
+            weights=request["weights"] or "",
+            constants=[
+                _values(one, "key", "offset_bytes", "size_bytes", "dtype", "shape") for one in request["constants"]
+            ],
+            inputs=[_values(one, "name", "dtype", "shape") for one in request["inputs"]],
+            outputs=[_values(one, "name", "dtype", "shape") for one in request["outputs"]],
+            packed_cache=packed_cache,
+        )
     return Memory(found.held_bytes, found.program_bytes, found.workspace_bytes, found.planned_bytes)
 
 
-def _record(folder: Path, name: str) -> Any:
-    from movdc.runtime import _engine
+def _values(record: dict[str, Any], *keys: str) -> tuple[Any, ...]:
+    return tuple(record[key] for key in keys)
 
+
+def _file(folder: Path, name: str) -> tuple[str, int, str]:
     with (folder / name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return _engine.FileRecord(name, (folder / name).stat().st_size, digest)
+    return name, (folder / name).stat().st_size, digest
 
 
 if __name__ == "__main__":

@@ -3,13 +3,16 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from subprocess import CompletedProcess
-from typing import Protocol
+from typing import Any, Protocol
 
 import pytest
+from pydantic_core import to_json
+
+from movdc.runtime.bundle import FORMAT_VERSION, MANIFEST, SEAL, seal_of
 
 REPOSITORY = Path(__file__).parents[1]
 COMMAND_LIMIT_S = 900
@@ -27,6 +30,11 @@ class Refused(Protocol):
 
     def __call__(self, done: CompletedProcess[str]) -> str:
         """Exit code 2 and one sentence on one line, which is given back."""
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The option that saves minutes when a compile is not what is tested."""
+    parser.addoption("--bundle", type=Path, help="the example compiled, instead of compiling it anew")
 
 
 @pytest.fixture(scope="session")
@@ -66,6 +74,22 @@ def refused() -> Refused:
 
 
 @pytest.fixture(scope="session")
+def seal() -> Callable[..., None]:
+    """Writes the smallest manifest that the engine reads, with the given parts in it, and its seal."""
+
+    def write(root: Path, **parts: Any) -> None:
+        sizes = {"budget_bytes": 0, "peak_bytes": 0, "slab_bytes": 4096}
+        arrays: dict[str, Any] = {"stages": [], "partitions": [], "weights": [], "files": []}
+        others = ("family", "target", "device", "video", "prompt", "sampler", "decode", "spec", "pipeline", "versions")
+        manifest = {"format_version": FORMAT_VERSION, **sizes, **arrays, **dict.fromkeys(others), **parts}
+        text = to_json(manifest)
+        (root / MANIFEST).write_bytes(text)
+        (root / SEAL).write_text(seal_of(text))
+
+    return write
+
+
+@pytest.fixture(scope="session")
 def example() -> Path:
     """The pipeline that the README compiles."""
     return REPOSITORY / "examples" / "tiny.yaml"
@@ -85,6 +109,8 @@ def compiles(
 ) -> Iterator[dict[str, Future[Path]]]:
     """Every compile that a test of this run asks for, two at a time: a compile takes minutes and uses one core."""
     asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
+    if request.config.getoption("--bundle") is not None:
+        asked_for.discard("bundle")
     root = tmp_path_factory.mktemp("bundles")
 
     def compile_to(place: str, options: list[str]) -> Path:
@@ -99,9 +125,10 @@ def compiles(
 
 
 @pytest.fixture(scope="session")
-def bundle(compiles: dict[str, Future[Path]]) -> Path:
+def bundle(compiles: dict[str, Future[Path]], request: pytest.FixtureRequest) -> Path:
     """The example compiled; copy it before you change it."""
-    return compiles["bundle"].result()
+    given: Path | None = request.config.getoption("--bundle")
+    return compiles["bundle"].result() if given is None else given.resolve()
 
 
 @pytest.fixture(scope="session")

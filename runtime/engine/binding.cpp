@@ -3,8 +3,8 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/function.h>
 #include <nanobind/stl/map.h>
-#include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include "engine.h"
@@ -34,40 +34,47 @@ void Run(movd::Engine& engine, const std::string& stage, const std::string& vari
   });
 }
 
+using Tensor = std::tuple<std::string, std::string, std::vector<int32_t>>;  // as TensorRecord
+using Constant = std::tuple<std::string, uint64_t, uint64_t, std::string, std::vector<int32_t>>;  // as ConstantRecord
+
+// What a program of no bundle takes in memory; `weights` is the file of its constants, empty if it has none.
+movd::Footprint Measure(const std::string& root,
+                        const std::vector<std::tuple<std::string, uint64_t, std::string>>& files,
+                        const std::string& program, const std::string& weights, const std::vector<Constant>& constants,
+                        const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
+                        const std::string& packed_cache) {
+  constexpr size_t kSlabBytes = 256 * 1024;
+  std::vector<movd::FileRecord> file_records;
+  for (const auto& file : files) file_records.push_back(std::make_from_tuple<movd::FileRecord>(file));
+  movd::PartitionRecord record{"program", program, {}, {}, {}, 0, 0, 0, 0, 0};
+  if (!weights.empty()) {
+    record.weights.push_back({weights, {}});
+    for (const Constant& one : constants) {
+      record.weights[0].constants.push_back(std::make_from_tuple<movd::ConstantRecord>(one));
+    }
+  }
+  for (const Tensor& one : inputs) record.inputs.push_back(std::make_from_tuple<movd::TensorRecord>(one));
+  for (const Tensor& one : outputs) record.outputs.push_back(std::make_from_tuple<movd::TensorRecord>(one));
+  return movd::Measure(movd::FileStore(root, file_records, kSlabBytes), record, packed_cache);
+}
+
 }  // namespace
 
 NB_MODULE(_engine, module) {
   nb::exception<movd::FileError>(module, "FileError");
   nb::exception<movd::PartitionError>(module, "PartitionError");
-  nb::exception<movd::ScheduleError>(module, "ScheduleError");
+  nb::exception<movd::InputError>(module, "InputError");
   nb::exception<movd::BudgetError>(module, "BudgetError");
   nb::exception<movd::CancelledError>(module, "CancelledError");
 
-  nb::class_<movd::FileRecord>(module, "FileRecord").def(nb::init<std::string, uint64_t, std::string>());
-  nb::class_<movd::TensorRecord>(module, "TensorRecord")
-      .def(nb::init<std::string, std::string, std::vector<int32_t>>());
-  nb::class_<movd::ConstantRecord>(module, "ConstantRecord")
-      .def(nb::init<std::string, uint64_t, uint64_t, std::string, std::vector<int32_t>>());
-  nb::class_<movd::WeightsRecord>(module, "WeightsRecord")
-      .def(nb::init<std::string, std::vector<movd::ConstantRecord>>());
-  nb::class_<movd::PartitionRecord>(module, "PartitionRecord")
-      .def(nb::init<std::string, std::string, std::vector<movd::WeightsRecord>, std::vector<movd::TensorRecord>,
-                    std::vector<movd::TensorRecord>, uint64_t, uint64_t, uint64_t, uint64_t, uint64_t>());
   nb::class_<movd::Footprint>(module, "Footprint")
       .def_ro("held_bytes", &movd::Footprint::held_bytes)
       .def_ro("program_bytes", &movd::Footprint::program_bytes)
       .def_ro("workspace_bytes", &movd::Footprint::workspace_bytes)
       .def_ro("planned_bytes", &movd::Footprint::planned_bytes);
-  module.def("measure", [](const std::string& root, const std::vector<movd::FileRecord>& files,
-                           const movd::PartitionRecord& partition, const std::string& folder) {
-    return movd::Measure(movd::FileStore(root, files, 256 * 1024), partition, folder);
-  });
+  module.def("measure", &Measure, "root"_a, "files"_a, "program"_a, "weights"_a, "constants"_a, "inputs"_a, "outputs"_a,
+             "packed_cache"_a);
 
-  nb::class_<movd::ResidencyRecord>(module, "ResidencyRecord")
-      .def(nb::init<uint64_t, uint32_t, std::vector<std::string>, std::vector<std::string>>());
-  nb::class_<movd::VariantRecord>(module, "VariantRecord")
-      .def(nb::init<std::string, std::string, std::vector<movd::TensorRecord>, std::vector<movd::TensorRecord>,
-                    std::vector<std::string>, std::vector<movd::ResidencyRecord>, uint64_t>());
   nb::class_<movd::RunReport>(module, "RunReport")
       .def_ro("wall_s", &movd::RunReport::wall_s)
       .def_ro("load_s", &movd::RunReport::load_s)
@@ -89,12 +96,9 @@ NB_MODULE(_engine, module) {
 
   nb::class_<movd::Engine>(module, "Engine")
       .def("__init__",
-           [](movd::Engine* self, const std::string& root, const std::vector<movd::FileRecord>& files,
-              std::vector<movd::PartitionRecord> partitions, std::vector<movd::VariantRecord> variants,
-              uint64_t slab_bytes, movd::Options options) {
+           [](movd::Engine* self, const std::string& root, const movd::Options& options) {
              nb::gil_scoped_release release;
-             new (self) movd::Engine(movd::FileStore(root, files, slab_bytes), std::move(partitions),
-                                     std::move(variants), slab_bytes, std::move(options));
+             new (self) movd::Engine(root, options);
            })
       .def("read_file",
            [](const movd::Engine& engine, const std::string& path) {

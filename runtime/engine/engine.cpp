@@ -11,20 +11,36 @@ namespace {
 // The part of the memory that is left which the engine does not count on: others take some while a stage runs.
 constexpr double kSafety = 0.05;
 
+// Checks that there is one buffer of the right size for each tensor, and no other.
+void CheckBuffers(const VariantRecord& variant, const char* kind, const std::vector<TensorRecord>& tensors,
+                  const std::map<std::string, Buffer>& buffers) {
+  const std::string where = variant.stage + " (" + variant.name + "): " + kind + " ";
+  for (const TensorRecord& tensor : tensors) {
+    const auto buffer = buffers.find(tensor.name);
+    if (buffer == buffers.end()) throw InputError(where + tensor.name + " is missing");
+    if (buffer->second.size_bytes != tensor.SizeBytes()) {
+      throw InputError(where + tensor.name + " has " + std::to_string(buffer->second.size_bytes) +
+                       " bytes; it takes " + std::to_string(tensor.SizeBytes()));
+    }
+  }
+  for (const auto& [name, buffer] : buffers) {
+    const auto known = [&](const TensorRecord& tensor) { return tensor.name == name; };
+    if (std::none_of(tensors.begin(), tensors.end(), known)) throw InputError(where + name + " is none of this stage");
+  }
+}
+
 }  // namespace
 
-Engine::Engine(FileStore files, std::vector<PartitionRecord> partitions, std::vector<VariantRecord> variants,
-               uint64_t slab_bytes, Options options)
-    : files_(std::move(files)),
-      variants_(std::move(variants)),
+Engine::Engine(const std::string& root, const Options& options)
+    : bundle_(ReadBundle(root)),
+      files_(root, bundle_.files, bundle_.slab_bytes),
       packed_cache_(options.packed_cache, options.packed_cache_limit_bytes),
+      packed_groups_(bundle_.partitions),
       mode_(options.mode),
       budget_bytes_(options.budget_bytes),
-      slab_(slab_bytes),
+      slab_(bundle_.slab_bytes),
       trace_(options.keeps_trace) {
-  for (PartitionRecord& record : partitions) partitions_.emplace(record.name, std::move(record));
-  GroupPacked();
-  books_.Take(slab_bytes, "the slab");
+  books_.Take(bundle_.slab_bytes, "the slab");
   loader_ = std::make_unique<Loader>(
       [this](const PartitionRecord& record, const std::shared_ptr<Workspace>& workspace,
              std::unique_ptr<LoadedPartition>& loaded) { Load(record, workspace, loaded); },
@@ -32,62 +48,16 @@ Engine::Engine(FileStore files, std::vector<PartitionRecord> partitions, std::ve
 }
 
 const VariantRecord& Engine::VariantOf(const std::string& stage, const std::string& variant) const {
-  for (const VariantRecord& one : variants_) {
+  for (const VariantRecord& one : bundle_.variants) {
     if (one.stage == stage && one.name == variant) return one;
   }
-  throw ScheduleError(stage + ": has no variant " + variant);
-}
-
-const PartitionRecord& Engine::PartitionOf(const std::string& name) const {
-  const auto found = partitions_.find(name);
-  if (found == partitions_.end()) throw ScheduleError(name + ": is no partition of this bundle");
-  return found->second;
-}
-
-// Variants of a stage read the same weights, so they can share what is packed of them. XNNPACK finds packed weights by
-// key alone: partitions that have different data under one key are kept apart.
-void Engine::GroupPacked() {
-  using Place = std::pair<std::string, uint64_t>;  // file and offset
-  std::vector<std::map<std::string, Place>> places;
-  const auto agree = [](const std::map<std::string, Place>& one, const std::map<std::string, Place>& other) {
-    return std::all_of(other.begin(), other.end(), [&](const auto& entry) {
-      const auto found = one.find(entry.first);
-      return found == one.end() || found->second == entry.second;
-    });
-  };
-  for (const auto& [name, record] : partitions_) {
-    if (record.weights.empty()) continue;
-    std::map<std::string, Place> own;
-    for (const WeightsRecord& file : record.weights) {
-      for (const ConstantRecord& constant : file.constants) own[constant.key] = {file.path, constant.offset_bytes};
-    }
-    size_t group = 0;
-    while (group < packed_groups_.size() &&
-           !(packed_groups_[group].partitions[0]->weights[0].path == record.weights[0].path && agree(places[group], own))) {
-      ++group;
-    }
-    if (group == packed_groups_.size()) {
-      packed_groups_.emplace_back();
-      places.emplace_back();
-    }
-    packed_groups_[group].partitions.push_back(&record);
-    places[group].merge(own);
-    packed_group_of_[name] = group;
-  }
-  for (PackedGroup& group : packed_groups_) {
-    std::vector<std::string> parts;
-    for (const PartitionRecord* record : group.partitions) {
-      parts.push_back(record->program);
-      for (const WeightsRecord& file : record->weights) parts.push_back(file.path);
-    }
-    group.key = PackedCache::KeyOf(parts);
-  }
+  throw InputError(stage + ": is no stage of this bundle with a variant " + variant);
 }
 
 bool Engine::IsPacked(const VariantRecord& variant) {
   return std::all_of(variant.order.begin(), variant.order.end(), [&](const std::string& name) {
-    const auto group = packed_group_of_.find(name);
-    return group == packed_group_of_.end() || packed_cache_.Has(packed_groups_[group->second].key);
+    const PackedGroup* group = packed_groups_.Of(name);
+    return group == nullptr || packed_cache_.Has(group->key);
   });
 }
 
@@ -95,7 +65,6 @@ bool Engine::IsPacked(const VariantRecord& variant) {
 // that packs weights on the way needs more for that, and nothing beside.
 size_t Engine::Choose(const VariantRecord& variant) {
   const std::vector<ResidencyRecord>& rows = variant.residency;
-  if (rows.empty()) throw ScheduleError(variant.stage + ": variant " + variant.name + " has no level of residency");
   uint64_t allowed_bytes = budget_bytes_;
   if (const uint64_t left_bytes = AvailableBytes(); left_bytes != UINT64_MAX) {
     const auto safe_bytes = static_cast<uint64_t>(static_cast<double>(left_bytes) * (1 - kSafety));
@@ -104,9 +73,9 @@ size_t Engine::Choose(const VariantRecord& variant) {
   const bool packs = !IsPacked(variant);
   const uint64_t least_bytes = packs ? std::max(variant.packing_needs_bytes, rows[0].needs_bytes) : rows[0].needs_bytes;
   if (least_bytes > allowed_bytes) {
-    throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) +
-                      " bytes at least; the budget is " + std::to_string(budget_bytes_) + ", and " +
-                      std::to_string(allowed_bytes) + " of it can be had now");
+    const std::string budget = budget_bytes_ == kMeasured ? "what the system has" : std::to_string(budget_bytes_);
+    throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) + " bytes at least; the budget is " +
+                      budget + ", and " + std::to_string(allowed_bytes) + " of it can be had now");
   }
   size_t best = 0;
   for (size_t i = 1; i < rows.size() && mode_ != Mode::kSequential && !packs; ++i) {
@@ -161,9 +130,7 @@ uint64_t Engine::LastingBytes(const VariantRecord& variant) const {
 
 void Engine::Load(const PartitionRecord& record, const std::shared_ptr<Workspace>& workspace,
                   std::unique_ptr<LoadedPartition>& loaded) {
-  const auto group = packed_group_of_.find(record.name);
-  const PackedGroup* packed = group == packed_group_of_.end() ? nullptr : &packed_groups_[group->second];
-  const LoadContext context{files_, packed_cache_, packed, slab_, planned_, trace_, books_};
+  const LoadContext context{files_, packed_cache_, packed_groups_.Of(record.name), slab_, planned_, trace_, books_};
   if (loaded != nullptr) {
     loaded->Fetch(context);
   } else {
@@ -176,6 +143,8 @@ void Engine::Run(const std::string& stage, const std::string& variant, const std
                  const std::function<void(const std::string&)>& after) {
   std::unique_lock lock(run_mutex_);
   const VariantRecord& one = VariantOf(stage, variant);
+  CheckBuffers(one, "input", one.inputs, inputs);
+  CheckBuffers(one, "output", one.outputs, outputs);
   const Totals before = trace_.totals();
   const double start_s = trace_.Now();
   loader_->Begin();
@@ -233,24 +202,18 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
     std::vector<const void*> sources;
     for (const TensorRecord& tensor : record.inputs) {
       if (const auto input = inputs.find(tensor.name); input != inputs.end()) {
-        if (input->second.size_bytes != tensor.SizeBytes()) {
-          throw ScheduleError(record.name + ": input " + tensor.name + " has the wrong size");
-        }
         sources.push_back(input->second.data);
       } else if (const auto made = tensors.find(tensor.name); made != tensors.end()) {
         sources.push_back(made->second.data.get());
-      } else if (const auto output = outputs.find(tensor.name); output != outputs.end()) {
-        sources.push_back(output->second.data);
       } else {
-        throw ScheduleError(record.name + ": tensor " + tensor.name + " does not exist when it is read");
+        sources.push_back(outputs.at(tensor.name).data);
       }
     }
     LoadedPartition& partition = loader_->Await(record);
     std::vector<void*> targets;
     for (const TensorRecord& tensor : record.outputs) {
       Taken taken(books_, tensor.SizeBytes(), "tensor " + tensor.name);
-      const auto output = outputs.find(tensor.name);
-      if (output != outputs.end() && output->second.size_bytes == tensor.SizeBytes()) {
+      if (const auto output = outputs.find(tensor.name); output != outputs.end()) {
         targets.push_back(output->second.data);
         callers.push_back(std::move(taken));
       } else {
@@ -328,7 +291,7 @@ void Engine::Clear() {
 RunReport Engine::report(const std::string& stage) const {
   const std::lock_guard lock(reports_mutex_);
   const auto found = reports_.find(stage);
-  if (found == reports_.end()) throw ScheduleError(stage + ": has not run yet");
+  if (found == reports_.end()) throw InputError(stage + ": has not run yet");
   return found->second;
 }
 

@@ -12,31 +12,15 @@
 #include <vector>
 
 #include "books.h"
+#include "bundle.h"
 #include "file_store.h"
 #include "loader.h"
 #include "packed_cache.h"
+#include "packed_groups.h"
 #include "partition.h"
 #include "trace.h"
 
 namespace movd {
-
-// One level of memory, and how a variant runs within it.
-struct ResidencyRecord {
-  uint64_t needs_bytes;
-  uint32_t prefetch;
-  std::vector<std::string> pinned;
-  std::vector<std::string> waits;
-};
-
-struct VariantRecord {
-  std::string stage;
-  std::string name;
-  std::vector<TensorRecord> inputs;
-  std::vector<TensorRecord> outputs;
-  std::vector<std::string> order;
-  std::vector<ResidencyRecord> residency;  // from the least memory to the most
-  uint64_t packing_needs_bytes;  // of a run that packs weights on the way
-};
 
 enum class Mode {
   kSequential,  // a partition is loaded when the one before has been freed
@@ -44,9 +28,12 @@ enum class Mode {
   kDynamic,  // and as many stay loaded as the memory allows
 };
 
+// The budget that leaves it to what the system has.
+constexpr uint64_t kMeasured = UINT64_MAX;
+
 struct Options {
   Mode mode = Mode::kDynamic;
-  uint64_t budget_bytes = 0;
+  uint64_t budget_bytes = kMeasured;
   std::string packed_cache;  // the folder for packed weights
   uint64_t packed_cache_limit_bytes = UINT64_MAX;
   bool keeps_trace = false;
@@ -73,12 +60,13 @@ struct RunReport {
 
 class Engine {
  public:
-  Engine(FileStore files, std::vector<PartitionRecord> partitions, std::vector<VariantRecord> variants,
-         uint64_t slab_bytes, Options options);
+  // Opens the bundle in a folder and checks every file of it; throws FileError.
+  Engine(const std::string& root, const Options& options);
 
-  // Runs a variant of a stage on the caller's buffers, by tensor name. `next` is the variant of the same stage that
-  // will run next, empty if none will: its first partitions load while the last of this one run. `after` is called
-  // after each partition and may throw, which stops the run. What an error ends leaves nothing loaded.
+  // Runs a variant of a stage on the caller's buffers, one for each of its inputs and outputs, by name. `next` is the
+  // variant of the same stage that will run next, empty if none will: its first partitions load while the last of this
+  // one run. `after` is called after each partition and may throw, which stops the run. What an error ends leaves
+  // nothing loaded. Throws InputError, FileError, PartitionError, BudgetError or CancelledError.
   void Run(const std::string& stage, const std::string& variant, const std::map<std::string, Buffer>& inputs,
            const std::map<std::string, Buffer>& outputs, const std::string& next,
            const std::function<void(const std::string&)>& after);
@@ -97,14 +85,14 @@ class Engine {
   void Release();
 
   RunReport report(const std::string& stage) const;
+  const BundleRecord& bundle() const { return bundle_; }
   const FileStore& files() const { return files_; }
   const Trace& trace() const { return trace_; }
   uint64_t peak_bytes() const { return peak_bytes_; }  // of all runs
 
  private:
   const VariantRecord& VariantOf(const std::string& stage, const std::string& variant) const;
-  const PartitionRecord& PartitionOf(const std::string& name) const;
-  void GroupPacked();
+  const PartitionRecord& PartitionOf(const std::string& name) const { return bundle_.partitions.at(name); }
   bool IsPacked(const VariantRecord& variant);
   size_t Choose(const VariantRecord& variant);
   uint64_t LastingBytes(const VariantRecord& variant) const;
@@ -118,11 +106,11 @@ class Engine {
                const std::map<std::string, Buffer>& outputs, bool again,
                const std::function<void(const std::string&)>& after);
 
-  FileStore files_;
-  std::map<std::string, PartitionRecord> partitions_;
-  std::vector<VariantRecord> variants_;
+  const BundleRecord bundle_;
+  const FileStore files_;
   PackedCache packed_cache_;
-  Mode mode_;
+  const PackedGroups packed_groups_;
+  const Mode mode_;
   std::atomic<uint64_t> budget_bytes_;
   std::atomic<bool> relieve_ = false;  // pressure that has not been acted on
   std::atomic<bool> running_ = false;
@@ -131,8 +119,6 @@ class Engine {
   Books books_;
   Trace trace_;
   std::atomic<uint64_t> peak_bytes_ = 0;
-  std::vector<PackedGroup> packed_groups_;
-  std::map<std::string, size_t> packed_group_of_;  // by partition
   std::mutex run_mutex_;  // one run at a time
   mutable std::mutex plan_mutex_;  // over the next three
   const VariantRecord* variant_ = nullptr;  // that runs, or ran last

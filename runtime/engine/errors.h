@@ -16,8 +16,8 @@ struct PartitionError : std::runtime_error {
   PartitionError(const std::string& partition, const std::string& what) : std::runtime_error(partition + ": " + what) {}
 };
 
-// A stage, variant or tensor that does not fit the bundle.
-struct ScheduleError : std::runtime_error {
+// What the caller gave does not fit: a stage, variant or tensor that the bundle has not, or a buffer of another size.
+struct InputError : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 

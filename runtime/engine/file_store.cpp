@@ -141,16 +141,12 @@ FileStore::FileStore(std::string root, const std::vector<FileRecord>& files, siz
     : root_(std::move(root)) {
   std::vector<uint8_t> slab(slab_bytes);
   for (const FileRecord& file : files) {
-    Descriptor descriptor = Open(file.path);
-    struct stat status;
-    if (fstat(descriptor.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
-      throw FileError(file.path + ": is not a plain file; compile the bundle again");
-    }
-    if (static_cast<uint64_t>(status.st_size) != file.size_bytes) {
-      throw FileError(file.path + ": has " + std::to_string(status.st_size) + " bytes instead of " +
+    Descriptor descriptor = OpenInside(root_, file.path);
+    const Identity identity = Identity::Of(descriptor.get());
+    if (static_cast<uint64_t>(identity.size_bytes) != file.size_bytes) {
+      throw FileError(file.path + ": has " + std::to_string(identity.size_bytes) + " bytes instead of " +
                       std::to_string(file.size_bytes) + "; compile the bundle again");
     }
-    const Identity identity = Identity::Of(descriptor.get());
     const Mapping mapping(file.path, std::move(descriptor));
     Sha256 digest;
     ReadThrough(mapping, slab, [&](const uint8_t* data, size_t size_bytes) { digest.Add(data, size_bytes); });
@@ -164,17 +160,17 @@ FileStore::FileStore(std::string root, const std::vector<FileRecord>& files, siz
 Mapping FileStore::Map(const std::string& path) const {
   const auto found = checked_.find(path);
   if (found == checked_.end()) throw FileError(path + ": is not listed among the bundle's files");
-  Descriptor descriptor = Open(path);
+  Descriptor descriptor = OpenInside(root_, path);
   if (Identity::Of(descriptor.get()) != found->second) {
     throw FileError(path + ": changed while the bundle was in use; start the run again");
   }
   return Mapping(path, std::move(descriptor));
 }
 
-// Every part of the path is opened on its own, so that no link can lead out of the bundle.
-Descriptor FileStore::Open(const std::string& path) const {
-  Descriptor current(open(root_.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
-  if (current.get() < 0) throw FileError(root_ + ": cannot be opened (" + std::strerror(errno) + ")");
+// Every part of the path is opened on its own, so that no link can lead out of the folder.
+Descriptor OpenInside(const std::string& root, const std::string& path) {
+  Descriptor current(open(root.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (current.get() < 0) throw FileError(std::string("cannot be opened as a folder (") + std::strerror(errno) + ")");
   std::istringstream parts(path);
   std::string part;
   while (std::getline(parts, part, '/')) {
@@ -190,6 +186,10 @@ Descriptor FileStore::Open(const std::string& path) const {
       throw FileError(path + ": cannot be opened (" + std::strerror(errno) + ")");
     }
     current = std::move(next);
+  }
+  struct stat status;
+  if (fstat(current.get(), &status) != 0 || !S_ISREG(status.st_mode)) {
+    throw FileError(path + ": is not a plain file; compile the bundle again");
   }
   return current;
 }

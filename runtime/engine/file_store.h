@@ -101,17 +101,18 @@ class ForeignMappings {
 uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
                      const std::function<void(const uint8_t*, size_t)>& each = nullptr);
 
+// Opens a plain file below a folder, reached through no link; throws FileError that names it.
+Descriptor OpenInside(const std::string& root, const std::string& path);
+
 class FileStore {
  public:
-  // Checks every record: a plain file reached through no link, of the right size and digest. Throws FileError.
+  // Checks that every record's file is there, with the right size and digest. Throws FileError.
   FileStore(std::string root, const std::vector<FileRecord>& files, size_t slab_bytes);
 
   // Maps a checked file; throws FileError if it has been replaced or changed since.
   Mapping Map(const std::string& path) const;
 
  private:
-  Descriptor Open(const std::string& path) const;
-
   std::string root_;
   std::map<std::string, Identity> checked_;
 };

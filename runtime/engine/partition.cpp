@@ -191,8 +191,13 @@ void StartRuntime() {
 
 }  // namespace
 
+uint64_t ItemBytes(const std::string& dtype) {
+  const auto found = DTypes().find(dtype);
+  return found == DTypes().end() ? 0 : found->second.item_bytes;
+}
+
 uint64_t TensorRecord::SizeBytes() const {
-  uint64_t size_bytes = DTypes().at(dtype).item_bytes;
+  uint64_t size_bytes = ItemBytes(dtype);
   for (int32_t length : shape) size_bytes *= static_cast<uint64_t>(length);
   return size_bytes;
 }

@@ -15,6 +15,9 @@
 
 namespace movd {
 
+// The bytes of one item; 0 for a dtype that is none of the format's.
+uint64_t ItemBytes(const std::string& dtype);
+
 struct TensorRecord {
   std::string name;
   std::string dtype;  // as in bundle.json: f32, i64, ...

@@ -23,8 +23,10 @@ from movdc.compiler.program import Program
 from movdc.compiler.target import Artifact
 from movdc.passes.share_templates import ShareTemplates
 from movdc.runtime import _engine
-from movdc.runtime.bundle import NUMPY_DTYPES, Partition, TensorSpec
+from movdc.runtime.bundle import NUMPY_DTYPES, Partition, Residency, Stage, Variant
 from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
+
+Seal = Callable[..., None]
 
 
 @dataclass(frozen=True)
@@ -54,35 +56,27 @@ def _own_program(piece: Piece, inputs: list[Tensor]) -> list[Tensor]:
     return list(_load_for_executorch_from_buffer(program.buffer).run_method("forward", inputs))
 
 
-def _template(root: Path, writer: BundleWriter, partition: Partition, inputs: list[Tensor]) -> list[Tensor]:
+def _template(root: Path, writer: BundleWriter, partition: Partition, inputs: list[Tensor], seal: Seal) -> list[Tensor]:
     """The partition as the bundle has it, run by the engine."""
-
-    def tensor(spec: TensorSpec) -> _engine.TensorRecord:
-        return _engine.TensorRecord(spec.name, spec.dtype, spec.shape)
-
-    weights = [
-        _engine.WeightsRecord(
-            path,
-            [
-                _engine.ConstantRecord(c.key, c.offset_bytes, c.size_bytes, c.dtype, c.shape)
-                for c in writer.weights[path].constants
-            ],
-        )
-        for path in partition.weights
-    ]
-    record = _engine.PartitionRecord(
-        partition.name,
-        partition.program,
-        weights,
-        [tensor(spec) for spec in partition.inputs],
-        [tensor(spec) for spec in partition.outputs],
-        *([0] * 5),
+    level = Residency(needs_bytes=0, prefetch=0)
+    variant = Variant(
+        inputs=partition.inputs,
+        outputs=partition.outputs,
+        order=(partition.name,),
+        residency=(level,),
+        packing_needs_bytes=0,
+        certificate=(),
+        peak_bytes=0,
     )
-    files = [_engine.FileRecord(file.path, file.size_bytes, file.sha256) for file in writer.files.values()]
+    seal(
+        root,
+        stages=(Stage(name="stage", cadence="once", variants={"plain": variant}),),
+        partitions=(partition,),
+        weights=tuple(writer.weights[path] for path in partition.weights),
+        files=tuple(writer.files.values()),
+    )
     outputs: dict[str, Any] = {s.name: np.empty(s.shape, NUMPY_DTYPES[s.dtype]) for s in partition.outputs}
     arrays = {spec.name: value.numpy() for spec, value in zip(partition.inputs, inputs, strict=True)}
-    level = _engine.ResidencyRecord(0, 0, [], [])
-    variant = _engine.VariantRecord("stage", "plain", [], [], [partition.name], [level], 0)
     options = _engine.Options(
         mode=_engine.Mode.sequential,
         budget_bytes=10**9,
@@ -90,13 +84,14 @@ def _template(root: Path, writer: BundleWriter, partition: Partition, inputs: li
         packed_cache_limit_bytes=10**9,
         keeps_trace=False,
     )
-    engine = _engine.Engine(str(root), files, [record], [variant], 4096, options)
-    engine.run("stage", "plain", arrays, outputs, "")
+    _engine.Engine(str(root), options).run("stage", "plain", arrays, outputs, "")
     return [torch.from_numpy(outputs[spec.name]) for spec in partition.outputs]
 
 
 @pytest.mark.slow
-def test_24_blocks_lower_once_and_run_as_their_own_programs(program_of: Callable[..., Program], tmp_path: Path) -> None:
+def test_24_blocks_lower_once_and_run_as_their_own_programs(
+    program_of: Callable[..., Program], tmp_path: Path, seal: Seal
+) -> None:
     program = _compiled(24, program_of)
     writer = BundleWriter(tmp_path)
     target = Counting()
@@ -116,7 +111,7 @@ def test_24_blocks_lower_once_and_run_as_their_own_programs(program_of: Callable
             else torch.randn(spec.shape, generator=generator)
             for spec in partitions[index].inputs
         ]
-        shared = _template(tmp_path, writer, partitions[index], inputs)
+        shared = _template(tmp_path, writer, partitions[index], inputs, seal)
         for mine, own in zip(shared, _own_program(pieces[index], inputs), strict=True):
             assert torch.equal(mine, own), partitions[index].name
 

@@ -80,8 +80,16 @@ def _in_time(work: Callable[[], Any]) -> Any:
     return ended[0]
 
 
-def _with_level(denoiser: Denoiser, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Bundle:
-    """The bundle with one more level, of which the first is what it was; its files stay where they are."""
+def _rewrite(root: Path, manifest: Manifest) -> Bundle:
+    """The bundle in a folder with another manifest."""
+    text = manifest.model_dump_json().encode()
+    (root / MANIFEST).write_bytes(text)
+    (root / SEAL).write_text(seal_of(text))
+    return Bundle.read(root)
+
+
+def _with_level(denoiser: Denoiser, root: Path, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Bundle:
+    """The bundle with one more level, of which the first is what it was; `root` holds its files."""
     manifest = denoiser.bundle.manifest
     variant = denoiser.bundle.stages["denoiser"].variants["plain"]
     chain = Chain.of([denoiser.bundle.partitions[name] for name in variant.order], variant.inputs, manifest.slab_bytes)
@@ -91,18 +99,24 @@ def _with_level(denoiser: Denoiser, pinned: frozenset[str], prefetch: int, waits
     stage = denoiser.bundle.stages["denoiser"]
     changed = stage.model_copy(update={"variants": {"plain": variant.model_copy(update={"residency": levels})}})
     stages = tuple(changed if one.name == "denoiser" else one for one in manifest.stages)
-    return Bundle(denoiser.bundle.root, manifest.model_copy(update={"stages": stages}))
+    return _rewrite(root, manifest.model_copy(update={"stages": stages}))
+
+
+@pytest.fixture(scope="module")
+def workshop(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the bundle whose manifest is written anew for each example."""
+    return Path(shutil.copytree(bundle, tmp_path_factory.mktemp("workshop") / "bundle"))
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_the_bits_are_the_same_whatever_stays_and_loads_ahead(
-    denoiser: Denoiser, packed: Path, data: st.DataObject
+    denoiser: Denoiser, workshop: Path, packed: Path, data: st.DataObject
 ) -> None:
     names = denoiser.bundle.stages["denoiser"].variants["plain"].order
     some = st.frozensets(st.sampled_from(names))
     level = data.draw(some), data.draw(st.integers(0, 3)), data.draw(some)
-    bundle = _with_level(denoiser, *level)
+    bundle = _with_level(denoiser, workshop, *level)
     variant = bundle.stages["denoiser"].variants["plain"]
     budget_bytes = max(variant.residency[1].needs_bytes, variant.packing_needs_bytes)
     cache = data.draw(st.sampled_from([None, packed]))
@@ -232,11 +246,7 @@ def test_a_program_that_cannot_be_initialised_is_named_and_nothing_stays(denoise
     assert second.name == "denoiser.plain.1"
     broken = second.model_copy(update={"weights": ()})  # its program asks for constants that nobody has
     partitions = tuple(broken if one is second else one for one in manifest.partitions)
-    text = manifest.model_copy(update={"partitions": partitions}).model_dump_json().encode()
-    Manifest.model_validate_json(text)
-    (copy / MANIFEST).write_bytes(text)
-    (copy / SEAL).write_text(seal_of(text))
-    executor = Executor(Bundle.read(copy))
+    executor = Executor(_rewrite(copy, manifest.model_copy(update={"partitions": partitions})))
     for _ in range(3):
         ended = _in_time(lambda: denoiser.runs(executor, 1))
         assert isinstance(ended, RunError)
