@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 
 from movdc.runtime.bundle import Manifest, Partition, Residency, TensorSpec, Variant
 
@@ -46,10 +47,10 @@ def _check_certificate(where: str, variant: Variant, partitions: Mapping[str, Pa
     fitting = [level for level in variant.residency if level.needs_bytes <= manifest.budget_bytes]
     if not fitting or variant.peak_bytes != fitting[-1].needs_bytes or variant.peak_bytes > manifest.peak_bytes:
         raise CertificateError(f"{where}: its peak is not that of the last level within the budget")
-    if max(manifest.peak_bytes, variant.packing_needs_bytes) > manifest.budget_bytes:
+    if max(manifest.peak_bytes, variant.first_needs_bytes) > manifest.budget_bytes:
         raise CertificateError(f"{where}: a peak of {manifest.peak_bytes} bytes, or a first run, is over the budget")
-    first = most_held(variant, variant.residency[0], partitions, manifest.slab_bytes, packs=True)
-    if max(first.values()) > variant.packing_needs_bytes:
+    first = most_held(variant, variant.residency[0], partitions, manifest.slab_bytes, first=True)
+    if max(first.values()) > variant.first_needs_bytes:
         raise CertificateError(f"{where}: its first run can hold {max(first.values())} bytes")
     held = most_held(variant, fitting[-1], partitions, manifest.slab_bytes)
     stated: dict[tuple[str, str], int] = {(one.partition, one.phase): one.total_bytes for one in variant.certificate}
@@ -59,7 +60,7 @@ def _check_certificate(where: str, variant: Variant, partitions: Mapping[str, Pa
 
 
 def most_held(
-    variant: Variant, level: Residency, partitions: Mapping[str, Partition], slab_bytes: int, packs: bool = False
+    variant: Variant, level: Residency, partitions: Mapping[str, Partition], slab_bytes: int, first: bool = False
 ) -> dict[tuple[str, str], int]:
     """The most bytes held until each partition has loaded ("load") and from then until it has run ("run")."""
     order = [partitions[name] for name in variant.order]
@@ -67,7 +68,8 @@ def most_held(
     loads = [one for index, one in enumerate(runs) if one.name not in level.pinned or index < len(order)]
     load_of = _load_of_each_run(runs, loads, level)
     tensors, left_bytes = _tensors(order, variant.inputs)
-    lasting_bytes = _lasting_bytes(order)
+    programs_bytes = sum(one.program_bytes for one in order) + max(one.planned_bytes for one in order)
+    spaces = [0, *accumulate((one.workspace_bytes for one in order), max)]  # as they grow in the first run
     most: dict[tuple[str, str], int] = {}
     seen = set()
     ahead = [Moment(0, False, 0, False)]
@@ -85,8 +87,11 @@ def most_held(
         if now.finished < len(runs):
             one = runs[now.finished]
             place = now.finished % len(order)
-            held = slab_bytes + lasting_bytes + sum(loads[index].held_bytes for index in there)
-            held += (loads[now.begun - 1].load_bytes if packs else loads[now.begun - 1].held_bytes) * now.loading
+            held = slab_bytes + programs_bytes + sum(loads[index].held_bytes for index in there)
+            held += (loads[now.begun - 1].load_bytes if first else loads[now.begun - 1].held_bytes) * now.loading
+            held += spaces[-1]
+            if first and now.running and spaces[place] < one.workspace_bytes:  # grows beside the one before
+                held += max(spaces[place] + one.workspace_bytes - spaces[-1], 0)
             held += max(tensors[place][now.running], left_bytes if place == 0 and not now.running else 0)
             loaded = load_of[now.finished] < done_loads
             key = one.name, "run" if loaded else "load"
@@ -102,15 +107,6 @@ def most_held(
     if missing := [one.name for one in order if (one.name, "run") not in most]:
         raise CertificateError(f"{missing[0]} never runs")
     return most
-
-
-def _lasting_bytes(order: list[Partition]) -> int:
-    """Programs, planned memory, and the workspace with the smaller one that it replaces."""
-    workspace = most = 0
-    for one in order:
-        most = max(most, (workspace + one.workspace_bytes) * (one.workspace_bytes > workspace))
-        workspace = max(workspace, one.workspace_bytes)
-    return most + sum(one.program_bytes for one in order) + max(one.planned_bytes for one in order)
 
 
 def _may_start(one: Partition, transient: list[Partition], level: Residency) -> bool:

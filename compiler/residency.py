@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
@@ -49,19 +48,14 @@ class Chain:
 
 
 def lasting_bytes(partitions: Sequence[Partition]) -> int:
-    """What is held as long as a variant runs: programs, and the workspace and planned memory that they share.
-
-    Both grow to what the largest needs. When the workspace grows, the one before is there until the new one is.
-    """
-    sizes = [one.workspace_bytes for one in partitions]
-    growing = [size for index, size in enumerate(sizes) if size > max(sizes[:index], default=0)]
-    workspace_bytes = max((before + after for before, after in pairwise([0, *growing])), default=0)
-    planned_bytes = max((one.planned_bytes for one in partitions), default=0)
-    return sum(one.program_bytes for one in partitions) + planned_bytes + workspace_bytes
+    """What is held as long as a variant runs: programs, and the workspace and planned memory that they share."""
+    shared = max((one.workspace_bytes for one in partitions), default=0)
+    planned = max((one.planned_bytes for one in partitions), default=0)
+    return sum(one.program_bytes for one in partitions) + shared + planned
 
 
 def intervals(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> list[Interval]:
-    """The most that can be held in each interval, whatever the two lanes' speeds, once all weights are packed."""
+    """The most that can be held in each interval, whatever the two lanes' speeds, in any run but a first one."""
     stay_bytes = sum(one.held_bytes for one in chain.partitions if one.name in pinned)
     lasting = lasting_bytes(chain.partitions)
     transient = [one for one in chain.partitions if one.name not in pinned]
@@ -140,11 +134,11 @@ def variant_of(
 ) -> Variant:
     """A variant with its levels, and the certificate of the one that the budget allows; raises BudgetError."""
     levels = residency(chain, machine, cadence)
-    packing_needs_bytes = _packing_needs_bytes(chain)
-    if packing_needs_bytes > machine.budget_bytes:
+    first_needs_bytes = _first_needs_bytes(chain)
+    if first_needs_bytes > machine.budget_bytes:
         raise BudgetError(
             stage,
-            f"holds {packing_needs_bytes} bytes, the budget is {machine.budget_bytes}; "
+            f"holds {first_needs_bytes} bytes, the budget is {machine.budget_bytes}; "
             "run the pass partition, or raise memory_budget",
         )
     best = [level for level in levels if level.needs_bytes <= machine.budget_bytes][-1]
@@ -153,19 +147,27 @@ def variant_of(
         outputs=tuple(outputs),
         order=tuple(one.name for one in chain.partitions),
         residency=tuple(levels),
-        packing_needs_bytes=packing_needs_bytes,
+        first_needs_bytes=first_needs_bytes,
         certificate=tuple(intervals(chain, frozenset(best.pinned), best.prefetch, frozenset(best.waits))),
         peak_bytes=best.needs_bytes,
     )
 
 
-def _packing_needs_bytes(chain: Chain) -> int:
-    """The most bytes held in a run that packs weights, which it does with one partition at a time and nothing else."""
-    packing = (
-        max(waiting + one.load_bytes, running + one.held_bytes)
-        for one, waiting, running in zip(chain.partitions, chain.waiting_bytes, chain.running_bytes, strict=True)
-    )
-    return max(packing) + chain.slab_bytes + lasting_bytes(chain.partitions)
+def _first_needs_bytes(chain: Chain) -> int:
+    """The most bytes held in a first run by the first level, which packs weights and lets the workspace grow.
+
+    When the workspace grows, the one before is there until the new one is.
+    """
+    largest_bytes = max(one.workspace_bytes for one in chain.partitions)
+    workspace_bytes = most_bytes = 0
+    for one, waiting_bytes, running_bytes in zip(
+        chain.partitions, chain.waiting_bytes, chain.running_bytes, strict=True
+    ):
+        grows = one.workspace_bytes > workspace_bytes
+        more_bytes = max(workspace_bytes + one.workspace_bytes - largest_bytes, 0) if grows else 0
+        most_bytes = max(most_bytes, waiting_bytes + one.load_bytes, running_bytes + one.held_bytes + more_bytes)
+        workspace_bytes = max(workspace_bytes, one.workspace_bytes)
+    return most_bytes + chain.slab_bytes + lasting_bytes(chain.partitions)
 
 
 def _level(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Residency:

@@ -140,7 +140,7 @@ class Variant(_Record):
     outputs: tuple[TensorSpec, ...]
     order: tuple[str, ...]  # the partitions, as they run
     residency: tuple[Residency, ...] = Field(min_length=1)  # from the least memory to the most; the first pins nothing
-    packing_needs_bytes: int  # as Residency.needs_bytes, for a run by the first level that packs weights on the way
+    first_needs_bytes: int  # as Residency.needs_bytes, for a first run by the first level
     certificate: tuple[Interval, ...]  # of the last row of residency that fits the budget
     peak_bytes: int  # its needs_bytes
 

@@ -296,10 +296,10 @@ class Manifest {
   }
 
   VariantRecord ReadVariant(const Value& value, const std::string& stage, const std::string& name) const {
-    value.CheckKeys({"inputs", "outputs", "order", "residency", "packing_needs_bytes", "certificate", "peak_bytes"});
+    value.CheckKeys({"inputs", "outputs", "order", "residency", "first_needs_bytes", "certificate", "peak_bytes"});
     VariantRecord variant{
         stage, name, value.At("inputs").Items(ReadTensor), value.At("outputs").Items(ReadTensor), {}, {},
-        value.At("packing_needs_bytes").Bytes()};
+        value.At("first_needs_bytes").Bytes()};
     const auto partition = [&](const Value& one) { return Find(partitions_, one, "the partitions").name; };
     variant.order = value.At("order").Items(partition);
     CheckTensors(value, variant, partitions_);

@@ -26,7 +26,7 @@ struct VariantRecord {
   std::vector<TensorRecord> outputs;
   std::vector<std::string> order;
   std::vector<ResidencyRecord> residency;  // from the least memory to the most
-  uint64_t packing_needs_bytes;            // of a run that packs weights on the way
+  uint64_t first_needs_bytes;            // of a first run by the first row
 };
 
 struct BundleRecord {

@@ -61,8 +61,8 @@ bool Engine::IsPacked(const VariantRecord& variant) {
   });
 }
 
-// The row of residency to run by: the last one that fits what is left of the memory, as far as the mode allows. A run
-// that packs weights on the way needs more for that, and nothing beside.
+// The row of residency to run by: the last one that fits what is left of the memory, as far as the mode allows. A first
+// run lets the workspace grow, and does nothing beside while weights are still to be packed.
 size_t Engine::Choose(const VariantRecord& variant) {
   const std::vector<ResidencyRecord>& rows = variant.residency;
   uint64_t allowed_bytes = budget_bytes_;
@@ -70,16 +70,21 @@ size_t Engine::Choose(const VariantRecord& variant) {
     const auto safe_bytes = static_cast<uint64_t>(static_cast<double>(left_bytes) * (1 - kSafety));
     allowed_bytes = std::min(allowed_bytes, books_.held_bytes() + safe_bytes);
   }
-  const bool packs = !IsPacked(variant);
-  const uint64_t least_bytes = packs ? std::max(variant.packing_needs_bytes, rows[0].needs_bytes) : rows[0].needs_bytes;
+  const bool first = has_run_ != &variant;
+  const bool packs = first && !IsPacked(variant);
+  const uint64_t least_bytes = packs ? variant.first_needs_bytes : rows[0].needs_bytes;
   if (least_bytes > allowed_bytes) {
     const std::string budget = budget_bytes_ == kMeasured ? "what the system has" : std::to_string(budget_bytes_);
     throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) + " bytes at least; the budget is " +
                       budget + ", and " + std::to_string(allowed_bytes) + " of it can be had now");
   }
+  uint64_t growing_bytes = 0;
+  for (size_t i = 0; i < variant.order.size() && first; ++i) {
+    growing_bytes = std::max(growing_bytes, GrowingBytes(variant, i));
+  }
   size_t best = 0;
   for (size_t i = 1; i < rows.size() && mode_ != Mode::kSequential && !packs; ++i) {
-    const bool fits = rows[i].needs_bytes <= allowed_bytes && rows[i].needs_bytes <= ceiling_bytes_;
+    const bool fits = rows[i].needs_bytes + growing_bytes <= allowed_bytes && rows[i].needs_bytes <= ceiling_bytes_;
     if (fits && (mode_ == Mode::kDynamic || rows[i].pinned.empty())) best = i;
   }
   return best;
@@ -108,24 +113,36 @@ void Engine::Plan(const VariantRecord& variant, std::vector<std::string> upcomin
     planned_.Clear();
     lasting_.reset();
     lasting_ = std::make_unique<Taken>(books_, LastingBytes(variant), "programs of " + variant.stage);
+    has_run_ = nullptr;
     planned_for_ = &variant;
   }
   loader_->Plan(records, rules);
 }
 
-// What is held as long as a variant runs: its programs, the workspace and the memory that programs plan, both of which
-// grow to the largest. When a workspace grows, the one before is still there for a moment.
+// What is held as long as a variant runs: its programs, the workspace and the memory that programs plan.
 uint64_t Engine::LastingBytes(const VariantRecord& variant) const {
-  uint64_t programs_bytes = 0, planned_bytes = 0, workspace_bytes = 0, most_bytes = 0;
+  uint64_t programs_bytes = 0, planned_bytes = 0, workspace_bytes = 0;
   for (const std::string& name : variant.order) {
     const PartitionRecord& record = PartitionOf(name);
     programs_bytes += record.program_bytes;
     planned_bytes = std::max(planned_bytes, record.planned_bytes);
-    if (record.workspace_bytes <= workspace_bytes) continue;
-    most_bytes = std::max(most_bytes, workspace_bytes + record.workspace_bytes);
-    workspace_bytes = record.workspace_bytes;
+    workspace_bytes = std::max(workspace_bytes, record.workspace_bytes);
   }
-  return programs_bytes + planned_bytes + most_bytes;
+  return programs_bytes + planned_bytes + workspace_bytes;
+}
+
+// What the workspace holds beyond its largest size when it grows for a partition, in a first run: the one before is
+// there until the new one is.
+uint64_t Engine::GrowingBytes(const VariantRecord& variant, size_t place) const {
+  uint64_t before_bytes = 0, largest_bytes = 0;
+  for (size_t i = 0; i < variant.order.size(); ++i) {
+    const uint64_t workspace_bytes = PartitionOf(variant.order[i]).workspace_bytes;
+    if (i < place) before_bytes = std::max(before_bytes, workspace_bytes);
+    largest_bytes = std::max(largest_bytes, workspace_bytes);
+  }
+  const uint64_t next_bytes = PartitionOf(variant.order[place]).workspace_bytes;
+  const uint64_t both_bytes = before_bytes + next_bytes;
+  return next_bytes > before_bytes && both_bytes > largest_bytes ? both_bytes - largest_bytes : 0;
 }
 
 void Engine::Load(const PartitionRecord& record, const std::shared_ptr<Workspace>& workspace,
@@ -156,6 +173,7 @@ void Engine::Run(const std::string& stage, const std::string& variant, const std
     books_.RestartPeak();
     Grow(one);
     Execute(one, inputs, outputs, next == variant, after);
+    has_run_ = &one;
   } catch (...) {
     running_ = false;
     Clear();
@@ -210,6 +228,7 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
       }
     }
     LoadedPartition& partition = loader_->Await(record);
+    const Taken growing(books_, has_run_ == &variant ? 0 : GrowingBytes(variant, i), "the workspace of " + record.name);
     std::vector<void*> targets;
     for (const TensorRecord& tensor : record.outputs) {
       Taken taken(books_, tensor.SizeBytes(), "tensor " + tensor.name);
@@ -286,6 +305,7 @@ void Engine::Clear() {
   planned_.Clear();
   lasting_.reset();
   planned_for_ = nullptr;
+  has_run_ = nullptr;
 }
 
 RunReport Engine::report(const std::string& stage) const {

@@ -96,6 +96,7 @@ class Engine {
   bool IsPacked(const VariantRecord& variant);
   size_t Choose(const VariantRecord& variant);
   uint64_t LastingBytes(const VariantRecord& variant) const;
+  uint64_t GrowingBytes(const VariantRecord& variant, size_t place) const;
   void Plan(const VariantRecord& variant, std::vector<std::string> upcoming);
   void RelieveIdle();
   void Clear();
@@ -127,6 +128,7 @@ class Engine {
   Rules rules_;  // of that row; only whoever has run_mutex_ uses it and what follows
   bool drops_from_page_cache_ = false;
   const VariantRecord* planned_for_ = nullptr;
+  const VariantRecord* has_run_ = nullptr;  // since it was planned for
   std::unique_ptr<Taken> lasting_;  // what is held as long as that variant runs
   mutable std::mutex reports_mutex_;
   std::map<std::string, RunReport> reports_;

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from movdc.compiler.checker import CertificateError, most_held
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
-from movdc.compiler.residency import Chain, cycle_s, intervals, lasting_bytes, pinning_order, residency, variant_of
+from movdc.compiler.residency import Chain, cycle_s, intervals, pinning_order, residency, variant_of
 from movdc.runtime.bundle import Partition, Residency, TensorSpec, Variant
 
 MACHINE = Machine(10**9, 1000.0, 1000.0, 0.0, 2.0)
@@ -49,7 +49,7 @@ def _held(chain: Chain, level: Residency) -> dict[tuple[str, str], int]:
         outputs=(),
         order=tuple(one.name for one in chain.partitions),
         residency=(level,),
-        packing_needs_bytes=0,
+        first_needs_bytes=0,
         certificate=(),
         peak_bytes=0,
     )
@@ -80,11 +80,11 @@ def test_no_interleaving_holds_more_than_any_level_says(chain: Chain, data: st.D
 
 @settings(max_examples=50, deadline=None)
 @given(CHAINS)
-def test_packing_is_counted_exactly(chain: Chain) -> None:
+def test_a_first_run_is_counted_exactly(chain: Chain) -> None:
     variant = variant_of(chain, MACHINE, "once", "s", (_tensor("x"),), ())
     partitions = {one.name: one for one in chain.partitions}
-    held = most_held(variant, variant.residency[0], partitions, SLAB_BYTES, packs=True)
-    assert max(held.values()) == variant.packing_needs_bytes
+    held = most_held(variant, variant.residency[0], partitions, SLAB_BYTES, first=True)
+    assert max(held.values()) == variant.first_needs_bytes
 
 
 @settings(max_examples=100, deadline=None)
@@ -111,14 +111,17 @@ def test_levels_need_more_and_more_and_keep_more_and_more(chain: Chain) -> None:
 
 
 def test_a_workspace_that_grows_is_counted_beside_the_one_before() -> None:
-    sizes = [50, 20, 70, 90, 10]
-    partitions = [_partition(index, workspace_bytes=size) for index, size in enumerate(sizes)]
-    assert lasting_bytes(partitions) == sum(one.program_bytes for one in partitions) + 6 + 70 + 90
+    def first_bytes(*sizes: int) -> int:
+        chain = _chain([_partition(index, workspace_bytes=size) for index, size in enumerate(sizes)])
+        return variant_of(chain, MACHINE, "once", "s", (_tensor("x"),), ()).first_needs_bytes
+
+    assert first_bytes(900, 500, 900, 10) - first_bytes(900, 900, 900, 900) == 0
+    assert first_bytes(500, 900, 10, 10) - first_bytes(900, 900, 900, 900) == 500
 
 
 def test_a_first_load_must_fit_beside_the_smallest_level() -> None:
     chain = _chain([_partition(0), _partition(1)])
-    needs = variant_of(chain, MACHINE, "once", "s", (_tensor("x"),), ()).packing_needs_bytes
+    needs = variant_of(chain, MACHINE, "once", "s", (_tensor("x"),), ()).first_needs_bytes
     with pytest.raises(BudgetError, match=f"holds {needs} bytes"):
         variant_of(chain, Machine(needs - 1, 1000.0, 1000.0, 0.0, 2.0), "once", "s", (_tensor("x"),), ())
     assert variant_of(chain, Machine(needs, 1000.0, 1000.0, 0.0, 2.0), "once", "s", (_tensor("x"),), ())

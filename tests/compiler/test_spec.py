@@ -12,7 +12,7 @@ TINY = (Path(__file__).parents[2] / "examples" / "tiny.yaml").read_text()
 
 def test_the_example_is_valid() -> None:
     spec = load_spec(Path(__file__).parents[2] / "examples" / "tiny.yaml").spec
-    assert spec.memory_budget == 13_000_000
+    assert spec.memory_budget == 14_000_000
     assert spec.video.frames == 34
 
 
@@ -22,7 +22,7 @@ def test_the_example_is_valid() -> None:
         ("steps: 30", "stepps: 30", r":8: sampler.stepps: unknown key; did you mean 'steps'"),
         ("frames: 34", "frames: many", r":7: video.frames: .*got 'many'"),
         ("frames: 34", "frames: 0", r":7: video.frames: .*got 0"),
-        ("memory_budget: 13MB", "memory_budget: 6 parsecs", r":12: memory_budget: .*not a size"),
+        ("memory_budget: 14MB", "memory_budget: 6 parsecs", r":12: memory_budget: .*not a size"),
         ("movdc: 1", "movdc: 2", r":2: movdc: "),
         ("family: opensora-1.2\n", "", r": family: is required but missing"),
         ("target:", "taget:", r": taget: unknown key; did you mean 'target'"),

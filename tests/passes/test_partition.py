@@ -83,7 +83,7 @@ def _sequential_peak_bytes(graph: Graph, budget_bytes: int) -> int:
     made = [_manifest(str(index), piece) for index, piece in enumerate(split(graph))]
     machine = replace(MACHINE, budget_bytes=budget_bytes)
     variant = variant_of(Chain.of(made, graph.inputs, 0), machine, "once", "net", graph.inputs, graph.outputs)
-    return variant.packing_needs_bytes
+    return variant.first_needs_bytes
 
 
 def test_fires(graph_of: GraphOf, program_of: ProgramOf) -> None:

@@ -64,7 +64,7 @@ def _template(root: Path, writer: BundleWriter, partition: Partition, inputs: li
         outputs=partition.outputs,
         order=(partition.name,),
         residency=(level,),
-        packing_needs_bytes=0,
+        first_needs_bytes=0,
         certificate=(),
         peak_bytes=0,
     )

@@ -118,7 +118,7 @@ def test_the_bits_are_the_same_whatever_stays_and_loads_ahead(
     level = data.draw(some), data.draw(st.integers(0, 3)), data.draw(some)
     bundle = _with_level(denoiser, workshop, *level)
     variant = bundle.stages["denoiser"].variants["plain"]
-    budget_bytes = max(variant.residency[1].needs_bytes, variant.packing_needs_bytes)
+    budget_bytes = max(variant.residency[1].needs_bytes, variant.first_needs_bytes)
     cache = data.draw(st.sampled_from([None, packed]))
     executor = Executor(bundle, memory_budget=budget_bytes, packed_cache=cache)
     pressures = data.draw(st.lists(st.tuples(st.floats(0, 0.1), st.sampled_from(["warning", "critical"])), max_size=3))

@@ -49,7 +49,7 @@ VARIANT = {
         {"needs_bytes": 100, "prefetch": 0, "pinned": [], "waits": []},
         {"needs_bytes": 200, "prefetch": 1, "pinned": ["s.plain.0"], "waits": ["s.plain.1"]},
     ],
-    "packing_needs_bytes": 100,
+    "first_needs_bytes": 100,
     "certificate": [],
     "peak_bytes": 200,
 }
