@@ -46,7 +46,11 @@ def compile_bundle(
             target=target.name,
             device=program.spec.device,
             budget_bytes=machine.budget_bytes,
-            peak_bytes=max(variant.peak_bytes for stage in stages for variant in stage.variants.values()),
+            peak_bytes=max(
+                max(variant.peak_bytes, variant.first_needs_bytes)
+                for stage in stages
+                for variant in stage.variants.values()
+            ),
             slab_bytes=machine.slab_bytes,
             video=_video(program),
             prompt=program.prompt,

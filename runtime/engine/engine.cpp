@@ -8,7 +8,7 @@
 namespace movd {
 namespace {
 
-// The part of the memory that is left which the engine does not count on: others take some while a stage runs.
+// The part of the memory that is left which no level but the first counts on: others take some while a stage runs.
 constexpr double kSafety = 0.05;
 
 // Checks that there is one buffer of the right size for each tensor, and no other.
@@ -65,18 +65,19 @@ bool Engine::IsPacked(const VariantRecord& variant) {
 // run lets the workspace grow, and does nothing beside while weights are still to be packed.
 size_t Engine::Choose(const VariantRecord& variant) {
   const std::vector<ResidencyRecord>& rows = variant.residency;
-  uint64_t allowed_bytes = budget_bytes_;
+  uint64_t allowed_bytes = budget_bytes_, had_bytes = budget_bytes_;
   if (const uint64_t left_bytes = AvailableBytes(); left_bytes != UINT64_MAX) {
     const auto safe_bytes = static_cast<uint64_t>(static_cast<double>(left_bytes) * (1 - kSafety));
     allowed_bytes = std::min(allowed_bytes, books_.held_bytes() + safe_bytes);
+    had_bytes = std::min(had_bytes, books_.held_bytes() + left_bytes);
   }
   const bool first = has_run_ != &variant;
   const bool packs = first && !IsPacked(variant);
   const uint64_t least_bytes = packs ? variant.first_needs_bytes : rows[0].needs_bytes;
-  if (least_bytes > allowed_bytes) {
+  if (least_bytes > had_bytes) {
     const std::string budget = budget_bytes_ == kMeasured ? "what the system has" : std::to_string(budget_bytes_);
     throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) + " bytes at least; the budget is " +
-                      budget + ", and " + std::to_string(allowed_bytes) + " of it can be had now");
+                      budget + ", and " + std::to_string(had_bytes) + " of it can be had now");
   }
   uint64_t growing_bytes = 0;
   for (size_t i = 0; i < variant.order.size() && first; ++i) {
