@@ -43,9 +43,9 @@ from movdc.runtime.bundle import Bundle
 CHART = REPOSITORY / "docs" / "streaming-budget.png"
 REFERENCE = "torch resident"
 SLACK = 0.05  # of the weights, on top of the budget
-# Frames and side in pixels of the video at which the loads of a cold sequential pass take about so many times its runs,
-# on two cores that multiply at 75 GFLOPS and a disk that reads 0.8 GB/s; the loads of a warm pass take a quarter.
-# They were measured without packed weights on disk: those are mapped, and part of their reading is in the runs.
+# Frames and side in pixels of the video at which reading and packing all weights would take about so many times the
+# runs, on two cores that multiply at 75 GFLOPS and a disk that reads 0.8 GB/s. Weights that are packed and in the page
+# cache take a tenth of that.
 VIDEOS = {"0.3": (102, 64), "1": (34, 64), "3": (17, 48)}
 SWEEP = [share / 10 for share in range(1, 11)]
 
@@ -269,7 +269,6 @@ def main(
     depth: Annotated[int, typer.Option(min=1, help="Layers of two blocks.")] = 12,
     cache: Annotated[str, typer.Option(help="State of the page cache: warm, cold or both.")] = "both",
     compile_share: Annotated[float, typer.Option(help="Budget to compile for, of the weights.")] = 0.1,
-    packed_cache: Annotated[bool, typer.Option(help="Whether our engine keeps packed weights on disk.")] = True,
     budget_sweep: Annotated[bool, typer.Option("--budget-sweep", help="Draw seconds against budget.")] = False,
 ) -> None:
     """Measure the arms in turns and print one table for each state of the page cache."""
@@ -280,7 +279,7 @@ def main(
     if ratio not in VIDEOS or cache not in ("warm", "cold", "both"):
         raise typer.BadParameter("a ratio is 0.3, 1 or 3; a cache is warm, cold or both")
     video = frames or VIDEOS[ratio][0], side or VIDEOS[ratio][1]
-    case = Case(hidden, depth, *video, compile_share, packed_cache)
+    case = Case(hidden, depth, *video, compile_share)
     case.folder.mkdir(parents=True, exist_ok=True)
     case.write_inputs()
     for name in ["movdc sequential", "movdc dynamic"] if budget_sweep else names:

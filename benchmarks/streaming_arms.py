@@ -100,8 +100,7 @@ def movdc(mode: Mode) -> Callable[[Job], Run]:
 
         bundle = Bundle.read(Path(job.bundle))
         budget_bytes = job.budget_bytes or 4 * sum(one.held_bytes for one in bundle.manifest.partitions)
-        packed_cache = Path(job.kept) if job.kept else None
-        executor = Executor(bundle, mode=mode, memory_budget=budget_bytes, packed_cache=packed_cache)
+        executor = Executor(bundle, mode=mode, memory_budget=budget_bytes, packed_cache=Path(job.kept))
         inputs = dict(np.load(job.inputs))
 
         def run(more: bool) -> Pass:

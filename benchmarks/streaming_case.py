@@ -32,7 +32,6 @@ class Case:
     frames: int
     side_pixels: int
     compile_share: float  # the budget that the bundle is compiled for, of the weights
-    packed_cache: bool  # whether our engine keeps packed weights on disk
 
     @property
     def weights_bytes(self) -> int:
@@ -59,8 +58,7 @@ class Case:
     def job(self, arm: str) -> Job:
         """What an arm measures."""
         folder, inputs = self.folder, self.folder / "inputs.npz"
-        kept = str(self.kept(arm)) if self.packed_cache or not arm.startswith("movdc") else ""
-        return Job(arm, self.config, FPS, self.side_pixels, str(folder / "bundle"), kept, str(inputs))
+        return Job(arm, self.config, FPS, self.side_pixels, str(folder / "bundle"), str(self.kept(arm)), str(inputs))
 
     def files(self, arm: str) -> list[Path]:
         """What the arm reads during a pass."""
@@ -68,8 +66,8 @@ class Case:
         return [file for folder in folders for file in folder.rglob("*") if file.is_file()]
 
     def kept(self, arm: str) -> Path:
-        """The folder that the arm's preparation fills."""
-        return self.folder / arm.replace(" ", "-")
+        """The folder that the arm's preparation fills; the modes of our engine share one."""
+        return self.folder / ("movdc" if arm.startswith("movdc") else arm.replace(" ", "-"))
 
     def log(self, arm: str) -> Path:
         """What the libraries of an arm print."""
@@ -125,8 +123,6 @@ class Case:
         done = kept.with_suffix(".done")
         if arm.startswith("movdc"):
             self.compile()
-            if not self.packed_cache:
-                return
             made_from_s = (self.folder / "bundle" / "bundle.json").stat().st_mtime
         if not done.exists() or done.stat().st_mtime < made_from_s:
             shutil.rmtree(kept, ignore_errors=True)

@@ -99,7 +99,7 @@ def example() -> Path:
 COMPILES = {
     "bundle": ("one/tiny", []),
     "twin_bundle": ("another/place/twin", []),
-    "small_bundle": ("small/tiny", ["--memory-budget", "2.8MB"]),
+    "small_bundle": ("small/tiny", ["--memory-budget", "11MB"]),
 }
 
 

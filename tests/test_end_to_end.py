@@ -81,7 +81,6 @@ def test_the_compiled_sampler_repeats_the_recorded_run(bundle: Path, index: int)
 def test_less_memory_cuts_more_and_gives_the_same_video(movdc: Movdc, bundle: Path, small_bundle: Path) -> None:
     small, large = Bundle.read(small_bundle).manifest, Bundle.read(bundle).manifest
     assert small.budget_bytes < large.budget_bytes
-    assert _partitions_of(small)["text_encoder"] >= 2
     assert len(small.partitions) > len(large.partitions)
     _assert_shown_within_budget(movdc, small_bundle)
     ours, _ = _recorded_run(small_bundle, 1)

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from cgroup import MemoryGroup, memory_group
+
 from movdc.runtime.bundle import Bundle
 
 pytestmark = pytest.mark.slow
