@@ -18,6 +18,7 @@ EMPTY = Variant(
     outputs=(),
     order=(),
     residency=(Residency(needs_bytes=0, prefetch=0),),
+    first_needs_bytes=0,
     certificate=(),
     peak_bytes=0,
 )
