@@ -68,7 +68,7 @@ struct movd_engine {
       : root(folder), keeps_trace(options.keeps_trace), engine(folder, OptionsOf(options)) {
     for (const movd::VariantRecord& variant : engine.bundle().variants) {
       stages.push_back({variant.stage, variant.name, Describe(variant.inputs), Describe(variant.outputs),
-                        variant.residency[0].needs_bytes});
+                        variant.first_needs_bytes});
     }
   }
 

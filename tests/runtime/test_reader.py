@@ -15,13 +15,17 @@ from movdc.runtime import _engine
 from movdc.runtime.bundle import MANIFEST, SEAL, seal_of
 
 Seal = Callable[..., None]
-OPTIONS = _engine.Options(
-    mode=_engine.Mode.dynamic, budget_bytes=10**6, packed_cache="", packed_cache_limit_bytes=0, keeps_trace=False
-)
 
 
 def _open(root: Path) -> _engine.Engine:
-    return _engine.Engine(str(root), OPTIONS)
+    options = _engine.Options(
+        mode=_engine.Mode.dynamic,
+        budget_bytes=10**6,
+        packed_cache=str(root / "packed"),
+        packed_cache_limit_bytes=0,
+        keeps_trace=False,
+    )
+    return _engine.Engine(str(root), options)
 
 
 def _tensor(name: str, *shape: int) -> dict[str, Any]:
