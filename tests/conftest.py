@@ -99,7 +99,7 @@ def example() -> Path:
 COMPILES = {
     "bundle": ("one/tiny", []),
     "twin_bundle": ("another/place/twin", []),
-    "small_bundle": ("small/tiny", ["--memory-budget", "11MB"]),
+    "roomy_bundle": ("roomy/tiny", ["--memory-budget", "24MB"]),
 }
 
 
@@ -138,6 +138,6 @@ def twin_bundle(compiles: dict[str, Future[Path]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def small_bundle(compiles: dict[str, Future[Path]]) -> Path:
+def roomy_bundle(compiles: dict[str, Future[Path]]) -> Path:
     """The example compiled for so little memory that the text encoder is cut too."""
-    return compiles["small_bundle"].result()
+    return compiles["roomy_bundle"].result()
