@@ -5,7 +5,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := compiler models passes runtime targets
 
-.PHONY: setup demo check test format bench-passes bench-streaming
+.PHONY: setup demo check test format bench-passes bench-streaming sanitize
 
 setup: .venv/ready
 
@@ -32,6 +32,12 @@ check: setup
 
 test: check
 	@start=$$(date +%s); $(BIN)/python -m pytest -q tests && echo "tests took $$(( $$(date +%s) - start )) s"
+
+# on demand: the engine's tests with it built for ThreadSanitizer, then for AddressSanitizer; about 15 minutes
+sanitize: setup
+	test -d out/tiny || $(BIN)/movdc compile examples/tiny.yaml -o out/tiny
+	tests/sanitize/run thread out/tiny
+	tests/sanitize/run address out/tiny
 
 # on demand: each setting of the passes on the example, about 20 minutes
 bench-passes: setup

@@ -1,5 +1,8 @@
 #include "movd.h"
 
+#include <stdlib.h>  // mkdtemp, which is POSIX
+
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
@@ -9,13 +12,19 @@
 #include <map>
 #include <memory>
 #include <new>
+#include <optional>
 #include <string>
+#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "engine.h"
 
 namespace {
+
+// Callers in other languages lay structures out themselves.
+static_assert(sizeof(movd_status) == 4 && sizeof(movd_mode) == 4 && sizeof(movd_pressure) == 4 &&
+              sizeof(movd_dtype) == 4);
 
 thread_local std::string last_error;
 
@@ -44,8 +53,29 @@ std::vector<movd_tensor> Describe(const std::vector<movd::TensorRecord>& records
   return tensors;
 }
 
-movd::Options OptionsOf(const movd_options& given) {
+// A folder that nobody else may write to, until this is destroyed.
+class TemporaryFolder {
+ public:
+  TemporaryFolder() : path_((std::filesystem::temp_directory_path() / "movd-XXXXXX").string()) {
+    if (mkdtemp(path_.data()) != nullptr) return;
+    throw movd::FileError(path_ + ": cannot be made (" + std::strerror(errno) + "); give movd_options a packed_cache");
+  }
+  TemporaryFolder(const TemporaryFolder&) = delete;
+  TemporaryFolder& operator=(const TemporaryFolder&) = delete;
+  ~TemporaryFolder() {
+    std::error_code error;
+    std::filesystem::remove_all(path_, error);
+  }
+
+  const std::string& path() const { return path_; }
+
+ private:
+  std::string path_;
+};
+
+movd::Options OptionsOf(const movd_options& given, const std::string& packed_cache) {
   movd::Options options;
+  options.packed_cache = packed_cache;
   switch (given.mode) {
     case MOVD_DYNAMIC: options.mode = movd::Mode::kDynamic; break;
     case MOVD_CONCURRENT: options.mode = movd::Mode::kConcurrent; break;
@@ -53,9 +83,6 @@ movd::Options OptionsOf(const movd_options& given) {
     default: throw movd::InputError("mode " + std::to_string(given.mode) + " is none of movd_mode");
   }
   if (given.budget_bytes != 0) options.budget_bytes = given.budget_bytes;
-  options.packed_cache = given.packed_cache != nullptr
-                             ? given.packed_cache
-                             : (std::filesystem::temp_directory_path() / "movd-packed").string();
   if (given.packed_cache_limit_bytes != 0) options.packed_cache_limit_bytes = given.packed_cache_limit_bytes;
   options.keeps_trace = given.keeps_trace;
   return options;
@@ -65,12 +92,18 @@ movd::Options OptionsOf(const movd_options& given) {
 
 struct movd_engine {
   movd_engine(const std::string& folder, const movd_options& options)
-      : root(folder), keeps_trace(options.keeps_trace), engine(folder, OptionsOf(options)) {
-    for (const movd::VariantRecord& variant : engine.bundle().variants) {
+      : root(folder), keeps_trace(options.keeps_trace) {
+    if (options.packed_cache == nullptr) own_cache.emplace();
+    const std::string cache = own_cache ? own_cache->path() : options.packed_cache;
+    opened.emplace(folder, OptionsOf(options, cache));
+    for (const movd::VariantRecord& variant : engine().bundle().variants) {
       stages.push_back({variant.stage, variant.name, Describe(variant.inputs), Describe(variant.outputs),
                         variant.first_needs_bytes});
     }
   }
+
+  movd::Engine& engine() { return *opened; }
+  const movd::Engine& engine() const { return *opened; }
 
   const Stage& StageAt(uint32_t stage) const {
     if (stage < stages.size()) return stages[stage];
@@ -80,7 +113,8 @@ struct movd_engine {
 
   const std::string root;
   const bool keeps_trace;
-  movd::Engine engine;
+  std::optional<TemporaryFolder> own_cache;
+  std::optional<movd::Engine> opened;  // uses the cache: destroyed before it
   std::vector<Stage> stages;
 };
 
@@ -191,7 +225,7 @@ movd_status movd_stage_info(const movd_engine* engine, uint32_t stage, movd_stag
 }
 
 uint64_t movd_compiled_budget_bytes(const movd_engine* engine) {
-  return engine == nullptr ? 0 : engine->engine.bundle().budget_bytes;
+  return engine == nullptr ? 0 : engine->engine().bundle().budget_bytes;
 }
 
 movd_status movd_run(movd_engine* engine, uint32_t stage, const movd_input* inputs, uint32_t input_count,
@@ -202,37 +236,37 @@ movd_status movd_run(movd_engine* engine, uint32_t stage, const movd_input* inpu
     if (next != MOVD_NONE && engine->StageAt(next).name != one.name) {
       throw movd::InputError("next is a variant of " + engine->StageAt(next).name + "; it must be one of " + one.name);
     }
-    engine->engine.Run(one.name, one.variant, BuffersOf(one, "input", one.inputs, inputs, input_count),
+    engine->engine().Run(one.name, one.variant, BuffersOf(one, "input", one.inputs, inputs, input_count),
                        BuffersOf(one, "output", one.outputs, outputs, output_count), then, [](const std::string&) {});
   });
 }
 
 movd_status movd_set_budget(movd_engine* engine, uint64_t budget_bytes) {
-  return Guarded(engine, [&] { engine->engine.SetBudget(budget_bytes == 0 ? movd::kMeasured : budget_bytes); });
+  return Guarded(engine, [&] { engine->engine().SetBudget(budget_bytes == 0 ? movd::kMeasured : budget_bytes); });
 }
 
 movd_status movd_relieve(movd_engine* engine, movd_pressure pressure) {
   return Guarded(engine, [&] {
     switch (pressure) {
-      case MOVD_PRESSURE_WARNING: return engine->engine.Relieve(movd::Pressure::kWarning);
-      case MOVD_PRESSURE_CRITICAL: return engine->engine.Relieve(movd::Pressure::kCritical);
+      case MOVD_PRESSURE_WARNING: return engine->engine().Relieve(movd::Pressure::kWarning);
+      case MOVD_PRESSURE_CRITICAL: return engine->engine().Relieve(movd::Pressure::kCritical);
     }
     throw movd::InputError("pressure " + std::to_string(pressure) + " is none of movd_pressure");
   });
 }
 
 movd_status movd_cancel(movd_engine* engine) {
-  return Guarded(engine, [&] { engine->engine.Cancel(); });
+  return Guarded(engine, [&] { engine->engine().Cancel(); });
 }
 
 movd_status movd_release(movd_engine* engine) {
-  return Guarded(engine, [&] { engine->engine.Release(); });
+  return Guarded(engine, [&] { engine->engine().Release(); });
 }
 
 movd_status movd_last_report(const movd_engine* engine, uint32_t stage, movd_report* report) {
   return Guarded(engine, [&] {
     CheckGiven(report, "report");
-    const movd::RunReport made = engine->engine.report(engine->StageAt(stage).name);
+    const movd::RunReport made = engine->engine().report(engine->StageAt(stage).name);
     *report = {made.wall_s,     made.load_s,     made.run_s,
                made.wait_s,     made.peak_bytes, made.read_bytes,
                static_cast<uint32_t>(made.pinned.size())};
@@ -243,6 +277,6 @@ movd_status movd_trace(const movd_engine* engine, const char* path) {
   return Guarded(engine, [&] {
     CheckGiven(path, "path");
     if (!engine->keeps_trace) throw movd::InputError("the engine was opened without keeps_trace, so there is no trace");
-    WriteFile(path, engine->engine.trace().ChromeJson());
+    WriteFile(path, engine->engine().trace().ChromeJson());
   });
 }

@@ -82,7 +82,7 @@ typedef struct movd_engine movd_engine;
 typedef struct movd_options {
   movd_mode mode;
   uint64_t budget_bytes;                   /* for all that the engine holds; 0 is what the system has, measured */
-  const char* MOVD_NULLABLE packed_cache;  /* folder for packed weights; NULL is movd-packed among temporary files */
+  const char* MOVD_NULLABLE packed_cache;  /* folder that keeps packed weights; NULL is one that movd_close deletes */
   uint64_t packed_cache_limit_bytes;       /* the least recently used files beyond it are deleted; 0 is no limit */
   bool keeps_trace;                        /* whether movd_trace has anything to write; costs memory in a long run */
 } movd_options;
@@ -104,7 +104,7 @@ typedef struct movd_stage {
   uint32_t output_count;
   const movd_tensor* inputs;  /* [input_count] */
   const movd_tensor* outputs; /* [output_count] */
-  uint64_t least_bytes;       /* the smallest budget that it runs in */
+  uint64_t least_bytes;       /* the smallest budget that it runs in, its weights packed or not */
 } movd_stage;
 
 /* A buffer of the caller's to read from. */
