@@ -2,7 +2,6 @@
 
 #include <stdlib.h>  // mkdtemp, which is POSIX
 
-#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
