@@ -1,13 +1,14 @@
 """What a lowered program takes in memory, measured by the engine itself in a process of its own.
 
-Where the system lets one library go before another (Linux), delegated kernels take their memory and compute nothing.
+Where the system lets one library go before another (Linux), allocations are counted one by one, and delegated kernels
+take their memory and compute nothing.
 """
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -37,23 +38,29 @@ def measure(
         "inputs": [spec.model_dump() for spec in inputs],
         "outputs": [spec.model_dump() for spec in outputs],
     }
-    command = [sys.executable, "-m", "movdc.targets.footprint", str(program.parent)]
-    found = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    dry_run = resources.files("movdc.runtime").joinpath("libdry_run.so")
+    preload = {"LD_PRELOAD": str(dry_run)} if dry_run.is_file() else {}
+    # In the program's folder and by its bare name: figures must not depend on how long a path is.
+    found = subprocess.run(
+        [sys.executable, "-m", "movdc.targets.footprint"],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        cwd=program.parent,
+        env=os.environ | preload,
+    )
     if found.returncode != 0:
         raise InternalError(f"the memory of {program} cannot be measured: {found.stderr}")
     return Memory(**json.loads(found.stdout))
 
 
-def _measure_here(folder: Path, request: dict[str, Any]) -> Memory:
-    dry_run = resources.files("movdc.runtime").joinpath("libdry_run.so")
-    if dry_run.is_file():
-        ctypes.CDLL(str(dry_run), ctypes.RTLD_GLOBAL)
+def _measure_here(request: dict[str, Any]) -> Memory:
     from movdc.runtime import _engine
 
-    files = [_file(folder, name) for name in (request["program"], request["weights"]) if name]
-    with tempfile.TemporaryDirectory(dir=folder) as packed_cache:
+    files = [_file(name) for name in (request["program"], request["weights"]) if name]
+    with tempfile.TemporaryDirectory(dir=".") as packed_cache:
         found = _engine.measure(
-            root=str(folder),
+            root=".",
             files=files,
             program=request["program"],
             weights=request["weights"] or "",
@@ -71,11 +78,11 @@ def _values(record: dict[str, Any], *keys: str) -> tuple[Any, ...]:
     return tuple(record[key] for key in keys)
 
 
-def _file(folder: Path, name: str) -> tuple[str, int, str]:
-    with (folder / name).open("rb") as file:
+def _file(name: str) -> tuple[str, int, str]:
+    with Path(name).open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return name, (folder / name).stat().st_size, digest
+    return name, Path(name).stat().st_size, digest
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(_measure_here(Path(sys.argv[1]), json.load(sys.stdin)))))
+    print(json.dumps(asdict(_measure_here(json.load(sys.stdin)))))

@@ -43,7 +43,6 @@ movd::Footprint Measure(const std::string& root,
                         const std::string& program, const std::string& weights, const std::vector<Constant>& constants,
                         const std::vector<Tensor>& inputs, const std::vector<Tensor>& outputs,
                         const std::string& packed_cache) {
-  constexpr size_t kSlabBytes = 256 * 1024;
   std::vector<movd::FileRecord> file_records;
   for (const auto& file : files) file_records.push_back(std::make_from_tuple<movd::FileRecord>(file));
   movd::PartitionRecord record{"program", program, {}, {}, {}, 0, 0, 0, 0, 0};
@@ -55,7 +54,7 @@ movd::Footprint Measure(const std::string& root,
   }
   for (const Tensor& one : inputs) record.inputs.push_back(std::make_from_tuple<movd::TensorRecord>(one));
   for (const Tensor& one : outputs) record.outputs.push_back(std::make_from_tuple<movd::TensorRecord>(one));
-  return movd::Measure(movd::FileStore(root, file_records, kSlabBytes), record, packed_cache);
+  return movd::Measure(movd::FileStore(root, file_records, movd::kMeasuringSlabBytes), record, packed_cache);
 }
 
 }  // namespace

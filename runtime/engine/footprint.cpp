@@ -2,13 +2,16 @@
 
 #ifdef __APPLE__
 #include <malloc/malloc.h>
-#else
-#include <malloc.h>
 #endif
-#include <unistd.h>
 
+#include <algorithm>
 #include <memory>
 #include <vector>
+
+#ifndef __APPLE__
+extern "C" uint64_t movd_allocated_bytes(void)
+    __attribute__((weak, visibility("default")));  // count_allocations.c, if it was preloaded
+#endif
 
 namespace movd {
 namespace {
@@ -20,8 +23,8 @@ uint64_t AllocatedBytes() {
   malloc_zone_statistics(nullptr, &all);
   return all.size_in_use;
 #else
-  const struct mallinfo2 all = mallinfo2();
-  return all.uordblks + all.hblkhd;
+  if (movd_allocated_bytes == nullptr) throw InputError("preload libdry_run.so to measure what a program takes");
+  return movd_allocated_bytes();
 #endif
 }
 
@@ -34,10 +37,9 @@ struct Instance {
 }  // namespace
 
 Footprint Measure(const FileStore& files, const PartitionRecord& record, const std::string& folder) {
-  constexpr size_t kSlabBytes = 256 * 1024;
   PackedCache packed_cache(folder, UINT64_MAX);
   const PackedGroup group{PackedCache::KeyOf({record.program}), {&record}};
-  std::vector<uint8_t> slab(kSlabBytes);
+  std::vector<uint8_t> slab(kMeasuringSlabBytes);
   PlannedMemory planned;
   Trace trace(false);
   Books books;
@@ -62,9 +64,7 @@ Footprint Measure(const FileStore& files, const PartitionRecord& record, const s
   const auto packed = packed_cache.Find(group.key, slab, read_bytes);
   const uint64_t packed_bytes = packed ? packed->size_bytes() : 0;
   const uint64_t temporary_bytes = second.loaded->temporary_bytes();
-  // The system gives a workspace in pages; what is not a whole one is noise.
-  const auto page_bytes = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
-  const uint64_t workspace_bytes = (first.added_bytes - second.added_bytes + page_bytes / 2) / page_bytes * page_bytes;
+  const uint64_t workspace_bytes = std::max(first.added_bytes, second.added_bytes) - second.added_bytes;
   return {packed_bytes + second.loaded->unpacked_bytes() + temporary_bytes,
           second.added_bytes + files.Map(record.program).size_bytes(), workspace_bytes, planned.size_bytes()};
 }

@@ -9,6 +9,8 @@
 
 namespace movd {
 
+constexpr size_t kMeasuringSlabBytes = 256 * 1024;  // no figure counts it
+
 // In bytes, as PartitionRecord has them.
 struct Footprint {
   uint64_t held_bytes;
