@@ -149,6 +149,7 @@ def run(
         result = Generator(read, executor).generate(
             prompt, seed=seed, noise=given, steps=steps, on_progress=_Bars(progress)
         )
+    executor.release()  # what is loaded would stand beside the frames
     if result.dropped_tokens:
         limit = read.manifest.prompt.max_tokens
         console.print(f"the prompt is {result.dropped_tokens} tokens over {limit}: its end is left out", style="yellow")

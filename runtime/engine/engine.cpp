@@ -100,7 +100,10 @@ void Engine::Plan(const VariantRecord& variant, std::vector<std::string> upcomin
     variant_ = &variant;
     row_ = Choose(variant);
     const ResidencyRecord& row = variant.residency[row_];
-    rules = {{variant.order.begin(), variant.order.end()}, {row.pinned.begin(), row.pinned.end()}, {row.waits.begin(), row.waits.end()}, row.prefetch};
+    rules.members = {variant.order.begin(), variant.order.end()};
+    rules.pinned = {row.pinned.begin(), row.pinned.end()};
+    rules.waits = {row.waits.begin(), row.waits.end()};
+    rules.prefetch = row.prefetch;
   }
   // Transient partitions come round in a cycle. Where the page cache cannot hold them all, it would drop each just
   // before it is read again, and pinned ones with them.

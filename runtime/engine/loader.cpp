@@ -80,7 +80,9 @@ LoadedPartition& Loader::Await(const PartitionRecord& record) {
   if (!ready()) std::rethrow_exception(error_);
   Held& held = held_.at(record.name);
   held.state = State::kRunning;
-  if (waited) trace_.Add({What::kWait, record.name, Lane::kExecution, start_s, trace_.Now() - start_s, 0, books_.held_bytes()});
+  if (waited) {
+    trace_.Add({What::kWait, record.name, Lane::kExecution, start_s, trace_.Now() - start_s, 0, books_.held_bytes()});
+  }
   return *held.loaded;
 }
 
@@ -90,6 +92,7 @@ void Loader::Forget(const std::set<std::string>& members) {
     if (members == rules_.members) return;
   }
   Clear();
+  const std::lock_guard lock(mutex_);
   workspace_ = std::make_shared<Workspace>();
 }
 

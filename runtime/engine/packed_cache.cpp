@@ -7,6 +7,8 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 
@@ -117,6 +119,10 @@ bool PackedCache::Make(const std::string& key, const std::function<void(const st
   std::string digest;
   {
     const Mapping mapping(path, Descriptor(open(path.c_str(), O_RDONLY | O_CLOEXEC)));
+    // Pages that are not on the disk yet count as memory that cannot be had back.
+    if (fsync(mapping.descriptor()) != 0) {
+      throw FileError(path.string() + ": packed weights cannot be written (" + std::strerror(errno) + ")");
+    }
     digest = DigestOf(mapping, slab);
   }
   fs::rename(path, fs::path(folder_) / (key + "-" + digest + kSuffix), error);

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from quantized import LINEARS
 from torch import Tensor, fx, nn
 
 from movdc.compiler.device import Machine
@@ -15,6 +16,7 @@ from movdc.compiler.spec import load_spec
 from movdc.compiler.trace import trace
 from movdc.compiler.weights import Source, WeightRef
 from movdc.models.opensora import OpenSora
+from movdc.passes.quantize_int8 import QuantizeInt8
 from movdc.runtime.bundle import Decode, Prompt, Sampler, TensorSpec
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "tiny.yaml"
@@ -122,3 +124,13 @@ def with_machine() -> Callable[..., Program]:
 def example_program() -> Program:
     """The example pipeline as traced; its weights are read only when a graph is run."""
     return OpenSora().trace(load_spec(EXAMPLE), MACHINE, 4)
+
+
+@pytest.fixture
+def quantize(program_of: Callable[..., Program]) -> Callable[..., Graph]:
+    """Quantize a graph, under the contract of the base class (honest `modified`, idempotence, interfaces)."""
+
+    def run(graph: Graph, one: QuantizeInt8 = LINEARS) -> Graph:
+        return one(program_of(toy=graph)).program.stages[0].variants["plain"]
+
+    return run

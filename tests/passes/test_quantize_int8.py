@@ -1,37 +1,31 @@
-"""quantize-int8: what becomes int8, what stays, how exact it is, and that XNNPACK runs it in int8."""
+"""quantize-int8: what becomes int8, what stays, and how exact it is."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tokenizers import Tokenizer
+from quantized import (
+    GENERATOR,
+    LINEARS,
+    MAX_RELATIVE_ERROR,
+    GatedFeedForward,
+    relative_error,
+    tokens,
+)
 from torch import Tensor, nn
 
 from movdc.compiler.cost import flops, is_fused_with_users, size_bytes, weight_bytes
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.int8 import channel_scales, sqnr_db, to_int8
 from movdc.compiler.layer_errors import layer_errors
-from movdc.compiler.pieces import split
 from movdc.compiler.printer import print_graph
 from movdc.compiler.program import Graph, Program
 from movdc.compiler.trace import trace
 from movdc.compiler.weights import INT8, RandomSource, WeightRef
-from movdc.passes.canonicalize import Canonicalize
 from movdc.passes.quantize_int8 import QuantizeInt8
 from movdc.runtime.bundle import TensorSpec
-
-GENERATOR = torch.Generator().manual_seed(0)
-MIN_COSINE = 0.999
-MAX_RELATIVE_ERROR = 0.03
-LINEARS = QuantizeInt8(stages=("toy",))
-PROMPTS = (
-    "a red circle moving down on a black background",
-    "a green square moving left on a white background",
-    "a blue triangle",
-)
 
 AFTER = """\
   %p_weight_scale: f32[4] = weight(toy:weight int8-scale)
@@ -52,20 +46,6 @@ torch.int8)  # 24 B
   %linear: f32[3,4] = aten.linear(%dequantize_per_token_default, %dequantize_per_channel_default, %p_bias)  # 48 B
   return [%linear]
 """
-
-
-class GatedFeedForward(nn.Module):
-    """As in T5: three weights without bias, two of which read one input."""
-
-    def __init__(self, width: int = 16, inner: int = 32) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.wi_0, self.wi_1 = (nn.Linear(width, inner, bias=False) for _ in range(2))
-        self.wo = nn.Linear(inner, width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.norm(x)
-        return x + self.wo(F.gelu(self.wi_0(y), approximate="tanh") * self.wi_1(y))
 
 
 class Tied(nn.Linear):
@@ -94,33 +74,10 @@ def _operators(graph: Graph) -> list[str]:
     return [getattr(node.target, "_opname", "getitem") for node in graph.compute_nodes]
 
 
-def _tokens(count: int, width: int) -> Tensor:
-    """Activations whose size differs from token to token."""
-    return torch.randn(1, count, width, generator=GENERATOR) * torch.linspace(0.1, 5, count)[:, None]
-
-
-def _relative_error(a: Tensor, b: Tensor) -> float:
-    return float((a - b).norm() / b.norm())
-
-
-def _cosine(a: Tensor, b: Tensor) -> float:
-    return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
-
-
-@pytest.fixture
-def quantize(program_of: Callable[..., Program]) -> Callable[..., Graph]:
-    """Quantize a graph, under the contract of the base class (honest `modified`, idempotence, interfaces)."""
-
-    def run(graph: Graph, one: QuantizeInt8 = LINEARS) -> Graph:
-        return one(program_of(toy=graph)).program.stages[0].variants["plain"]
-
-    return run
-
-
 def test_every_linear_reads_int8_and_the_norm_stays(
     graph_of: Callable[..., Graph], quantize: Callable[..., Graph]
 ) -> None:
-    graph = graph_of(GatedFeedForward(), x=_tokens(4, 16))
+    graph = graph_of(GatedFeedForward(), x=tokens(4, 16))
     after = quantize(graph)
     before_counts, counts = _operators(graph), _operators(after)
     assert before_counts.count("linear") == counts.count("linear") == 3
@@ -144,7 +101,7 @@ def test_golden_text(graph_of: Callable[..., Graph], quantize: Callable[..., Gra
 def test_modified_is_honest_and_a_second_time_changes_nothing(
     graph_of: Callable[..., Graph], program_of: Callable[..., Program]
 ) -> None:
-    graph = graph_of(GatedFeedForward(), x=_tokens(4, 16))
+    graph = graph_of(GatedFeedForward(), x=tokens(4, 16))
     both = program_of(toy=graph, other=graph)
     result = LINEARS(both)
     assert result.modified
@@ -172,7 +129,7 @@ def test_refuses_what_has_no_int8_kernel_or_would_be_stored_twice(
 
 
 def test_refuses_keys_that_keep_names(graph_of: Callable[..., Graph], quantize: Callable[..., Graph]) -> None:
-    after = quantize(graph_of(GatedFeedForward(), x=_tokens(4, 16)), QuantizeInt8(stages=("t*",), keep=("wi_*",)))
+    after = quantize(graph_of(GatedFeedForward(), x=tokens(4, 16)), QuantizeInt8(stages=("t*",), keep=("wi_*",)))
     assert [ref.key for ref in after.weights.values() if INT8 in ref.transforms] == ["wo.weight"]
 
 
@@ -195,18 +152,18 @@ def test_refuses_a_pattern_that_means_nothing(
 def test_a_weight_of_two_linears_is_stored_once(
     graph_of: Callable[..., Graph], quantize: Callable[..., Graph], run_graph: Callable[..., list[Tensor]]
 ) -> None:
-    x = _tokens(6, 16)[0]
+    x = tokens(6, 16)[0]
     graph = graph_of(Twice(16, 16, bias=False), x=x)
     after = quantize(graph)
     assert sorted(map(str, after.weights.values())) == ["toy:weight int8", "toy:weight int8-scale", "zeros:16"]
-    assert _relative_error(run_graph(after, x=x)[0], run_graph(graph, x=x)[0]) < MAX_RELATIVE_ERROR
+    assert relative_error(run_graph(after, x=x)[0], run_graph(graph, x=x)[0]) < MAX_RELATIVE_ERROR
 
 
 def test_variants_of_a_stage_share_their_weights(
     graph_of: Callable[..., Graph], program_of: Callable[..., Program]
 ) -> None:
     module = GatedFeedForward()
-    plain, merged = (graph_of(module, x=_tokens(count, 16)) for count in (8, 4))
+    plain, merged = (graph_of(module, x=tokens(count, 16)) for count in (8, 4))
     program = program_of(toy=plain)
     stage = replace(program.stages[0], variants={"plain": plain, "merged": merged})
     after = LINEARS(replace(program, stages=(stage,))).program.stages[0].variants
@@ -218,7 +175,7 @@ def test_variants_of_a_stage_share_their_weights(
 @pytest.mark.parametrize(
     ("module", "x"),
     [
-        (GatedFeedForward(), _tokens(8, 16)),
+        (GatedFeedForward(), tokens(8, 16)),
         (nn.Linear(16, 8), torch.zeros(4, 16)),
         (nn.Conv2d(8, 16, 3, padding=1), torch.randn(1, 8, 6, 6, generator=GENERATOR)),
         (Lookup(8, 16), torch.tensor([[1, 2, 7, 0]])),
@@ -235,7 +192,7 @@ def test_numbers_are_close(
     graph = graph_of(module, x=x)
     after = quantize(graph, QuantizeInt8(stages=("toy",), embeddings=True))
     assert any(INT8 in ref.transforms for ref in after.weights.values())
-    assert _relative_error(run_graph(after, x=x)[0], run_graph(graph, x=x)[0]) < MAX_RELATIVE_ERROR
+    assert relative_error(run_graph(after, x=x)[0], run_graph(graph, x=x)[0]) < MAX_RELATIVE_ERROR
 
 
 def test_numbers_of_a_channel_are_symmetric_and_zeros_stay_zeros() -> None:
@@ -284,7 +241,7 @@ def test_numbers_of_the_report_come_worst_first_and_each_tensor_is_read_once(
 
 
 def test_costs_what_int8_costs(graph_of: Callable[..., Graph], quantize: Callable[..., Graph]) -> None:
-    graph = graph_of(GatedFeedForward(), x=_tokens(4, 16))
+    graph = graph_of(GatedFeedForward(), x=tokens(4, 16))
     after = quantize(graph)
     assert sum(flops(node) for node in after.compute_nodes) == sum(flops(node) for node in graph.compute_nodes) > 0
     weights, channels, norm = 3 * 16 * 32, 32 + 32 + 16, 2 * 16
@@ -296,117 +253,9 @@ def test_costs_what_int8_costs(graph_of: Callable[..., Graph], quantize: Callabl
 
 
 def test_a_product_is_cut_off_only_as_a_whole(graph_of: Callable[..., Graph], quantize: Callable[..., Graph]) -> None:
-    nodes = quantize(graph_of(GatedFeedForward(), x=_tokens(4, 16))).compute_nodes
+    nodes = quantize(graph_of(GatedFeedForward(), x=tokens(4, 16))).compute_nodes
     fused = "".join("f" if is_fused_with_users(node) else "." for node in nodes)
     products = [index for index, node in enumerate(nodes) if node.target is torch.ops.aten.linear.default]
     for index in products:
         assert fused[index - 6 : index + 1] == "ffffff.", "six nodes, then the linear behind which a cut may come"
     assert fused.count("f") == 6 * len(products)
-
-
-def test_numbers_of_the_example_text_encoder(example_program: Program, run_graph: Callable[..., list[Tensor]]) -> None:
-    program = Canonicalize()(example_program).program
-    plain = program.stages[0].variants["plain"]
-    result = QuantizeInt8()(program)
-    assert result.note == "14 weights in int8"
-    assert [graph for _, _, graph in result.program.graphs()][1:] == [graph for _, _, graph in program.graphs()][1:]
-    quantized = result.program.stages[0].variants["plain"]
-    for ids, mask in _prompts(program):
-        inputs = {"input_ids": ids, "text_mask": mask}
-        assert _cosine(run_graph(quantized, **inputs)[0], run_graph(plain, **inputs)[0]) >= MIN_COSINE
-    # The linears alone take 0.257 of their bytes; the table of embeddings is 9 % of this small encoder (3 % of T5-XXL).
-    full, stored = (sum(ref.read().nbytes for ref in graph.weights.values()) for graph in (plain, quantized))
-    assert stored <= 0.34 * full
-    errors = layer_errors(result.program)
-    assert len(errors) == 14
-    assert min(error.sqnr_db for error in errors) > 40
-
-
-def _prompts(program: Program) -> list[tuple[Tensor, Tensor]]:
-    tokenizer = Tokenizer.from_str(program.tokenizer_json.decode())
-    length = program.prompt.max_tokens
-    pairs = []
-    for prompt in PROMPTS:
-        ids = tokenizer.encode(prompt).ids[:length]
-        mask = torch.zeros(1, length)
-        mask[0, : len(ids)] = 1
-        pairs.append((torch.tensor([ids + [program.prompt.pad_id] * (length - len(ids))]), mask))
-    return pairs
-
-
-Lowered = tuple[Callable[..., Tensor], bytes, int]
-
-
-@pytest.fixture
-def lowered(tmp_path: Path) -> Callable[[Graph], Lowered]:
-    """Lower a graph as one partition: what runs it with its own weights, the program, the bytes of its weights."""
-
-    def lower(graph: Graph) -> Lowered:
-        from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-        from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
-
-        target = ExecutorchXnnpack()
-        (piece,) = split(graph)
-        artifact = target.emit(piece, tmp_path)
-        refs = {weight.name: weight.ref for weight in piece.weights}
-        constants = target.write_weights(artifact.slots, refs, tmp_path / "own.ptd")
-        module = _load_for_executorch(str(artifact.program), str(tmp_path / "own.ptd"))
-        size = sum(constant.size_bytes for constant in constants)
-        return lambda *inputs: module.forward(inputs)[0].clone(), artifact.program.read_bytes(), size
-
-    return lower
-
-
-@pytest.mark.slow
-def test_xnnpack_multiplies_in_int8_with_the_weights_outside_the_program(
-    graph_of: Callable[..., Graph],
-    quantize: Callable[..., Graph],
-    run_graph: Callable[..., list[Tensor]],
-    lowered: Callable[[Graph], Lowered],
-) -> None:
-    x = _tokens(24, 128)
-    graph = graph_of(GatedFeedForward(128, 512), x=x)
-    after = quantize(graph)
-    run, program, weight_bytes_ = lowered(after)
-    weights, channels, norm = 3 * 128 * 512, 512 + 512 + 128, 2 * 128
-    assert weight_bytes_ == weights + 4 * channels + 4 * norm, "one byte a weight, a scale a channel, no zero points"
-    assert len(program) < 10_000
-    assert b"quantized_decomposed" not in program, "all of it is in the delegate"
-    change = run(x) - x
-    assert _relative_error(change, run_graph(after, x=x)[0] - x) < 1e-2, "but for roundings, what the graph says"
-    assert _relative_error(change, run_graph(graph, x=x)[0] - x) < MAX_RELATIVE_ERROR
-
-
-@pytest.mark.slow
-def test_xnnpack_convolves_in_int8(
-    graph_of: Callable[..., Graph],
-    quantize: Callable[..., Graph],
-    run_graph: Callable[..., list[Tensor]],
-    lowered: Callable[[Graph], Lowered],
-) -> None:
-    x = torch.randn(2, 8, 12, 12, generator=GENERATOR) * torch.tensor([1.0, 4.0])[:, None, None, None]
-    graph = graph_of(nn.Conv2d(8, 16, 3, padding=1), x=x)
-    run, program, weight_bytes_ = lowered(quantize(graph))
-    assert weight_bytes_ == 8 * 16 * 9 + 4 * 16 + 4 * 16  # values, scales, biases
-    assert b"quantized_decomposed" not in program
-    assert _relative_error(run(x), run_graph(graph, x=x)[0]) < MAX_RELATIVE_ERROR
-
-
-@pytest.mark.slow
-def test_numbers_of_the_example_text_encoder_as_xnnpack_runs_it(
-    example_program: Program,
-    run_graph: Callable[..., list[Tensor]],
-    lowered: Callable[[Graph], Lowered],
-) -> None:
-    program = Canonicalize()(example_program).program
-    plain = program.stages[0].variants["plain"]
-    after = QuantizeInt8(embeddings=True)(program).program.stages[0].variants["plain"]
-    run, text, weight_bytes_ = lowered(after)
-    assert len(text) < 64_000
-    assert b"quantized_decomposed" not in text
-    for ids, mask in _prompts(program):
-        assert _cosine(run(ids, mask), run_graph(plain, input_ids=ids, text_mask=mask)[0]) >= MIN_COSINE
-    full = sum(ref.read().nbytes for ref in plain.weights.values())
-    print(f"{weight_bytes_} of {full} bytes: {weight_bytes_ / full:.3f}")
-    assert weight_bytes_ <= 0.27 * full
