@@ -131,17 +131,18 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine) -> Costs:
     chosen = np.asarray(positions)
     held = _held_bytes(chain, chosen)
     before, running = _activation_bytes(chain, chosen)
+    around = before[:, None] + before[None, :] - _passing_bytes(chain, chosen)  # enters a stretch, leaves it, or both
+    working = (machine.value_copies * np.maximum(running - around, 0)).astype(np.int64)
     before[0] = max(before[0], chain.output_bytes)
-    running[0] = np.maximum(running[0], chain.output_bytes)
-    inner = running - np.maximum(before[:, None], before[None, :])  # the values that live within a stretch
-    running = running + ((machine.value_copies - 1) * np.maximum(inner, 0)).astype(np.int64)
+    around[0] = np.maximum(around[0], chain.output_bytes)
     lasting_bytes = chain.input_bytes + machine.slab_bytes + chain.pointer_bytes + machine.node_bytes * chain.length
     done = np.cumsum([0, *chain.flops])[chosen]
     return Costs(
         machine=machine,
         before_bytes=lasting_bytes + before,
         held_bytes=held,
-        running_bytes=lasting_bytes + running + held,
+        working_bytes=working,
+        running_bytes=lasting_bytes + around + held + working,
         run_s=machine.run_s(1) * np.maximum(done[None, :] - done[:, None], 0),
     )
 
@@ -197,6 +198,15 @@ def _activation_bytes(chain: Chain, chosen: Ints) -> tuple[Ints, Ints]:
             np.maximum(running[row, after:], ahead[last + 1, after:] + gone, out=running[row, after:])
     before = np.array([sum(value.size_bytes for value in crossing[int(position)]) for position in chosen])
     return before, running
+
+
+def _passing_bytes(chain: Chain, chosen: Ints) -> Ints:
+    """[a, b]: bytes of the values that live across both positions."""
+    passing = np.zeros((len(chosen), len(chosen)), np.int64)
+    for value in chain.values:
+        low, high = np.searchsorted(chosen, [value.first, value.last], side="right")
+        passing[low:high, low:high] += value.size_bytes
+    return passing
 
 
 def _steps(starts: list[tuple[int, int]], end: int) -> list[tuple[int, int]]:

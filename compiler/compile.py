@@ -17,9 +17,10 @@ from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
+from movdc.compiler.residency import most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
-from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Video
+from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Stage, Video
 
 
 def compile_bundle(
@@ -46,11 +47,7 @@ def compile_bundle(
             target=target.name,
             device=program.spec.device,
             budget_bytes=machine.budget_bytes,
-            peak_bytes=max(
-                max(variant.peak_bytes, variant.first_needs_bytes)
-                for stage in stages
-                for variant in stage.variants.values()
-            ),
+            peak_bytes=_peak_bytes(stages, partitions, machine),
             slab_bytes=machine.slab_bytes,
             video=_video(program),
             prompt=program.prompt,
@@ -103,6 +100,12 @@ def _optimise(
             if error.stage != "vae_spatial" or micro_batch_frames == family.micro_batches[-1]:
                 raise
     raise InternalError(f"family {family.name} names no micro-batch")
+
+
+def _peak_bytes(stages: Sequence[Stage], partitions: Sequence[Partition], machine: Machine) -> int:
+    named = {one.name: one for one in partitions}
+    variants = [variant for stage in stages for variant in stage.variants.values()]
+    return max(most_bytes(one, [named[name] for name in one.order], machine.budget_bytes) for one in variants)
 
 
 def _video(program: Program) -> Video:

@@ -36,7 +36,8 @@ class Costs:
     machine: Machine
     before_bytes: Ints  # [a]: lives across position a
     held_bytes: Ints  # [a, b]: weights
-    running_bytes: Ints  # [a, b]: held while it runs, its weights included
+    working_bytes: Ints  # [a, b]: what its program computes in, before it runs and behind
+    running_bytes: Ints  # [a, b]: held while it runs, weights and what it computes in included
     run_s: Floats  # [a, b]
 
     @property
@@ -55,20 +56,17 @@ class Costs:
         return seconds
 
     def need_bytes(self, start: int) -> Ints:
-        """[b]: bytes to load and run the stretch from `start` to b on its own; means nothing for b <= start.
-
-        What programs run in stays from one to the next, so that it is there when weights are loaded for the first time.
-        """
-        packing = self.load_bytes(start) - self.held_bytes[start]
-        need: Ints = np.maximum(self.before_bytes[start] + self.held_bytes[start], self.running_bytes[start]) + packing
+        """[b]: bytes to load and run the stretch from `start` to b on its own; means nothing for b <= start."""
+        loading = self.before_bytes[start] + self.load_bytes(start) + self.working_bytes[start]
+        need: Ints = np.maximum(loading, self.running_bytes[start])
         return need
 
     def at(self, positions: Sequence[int]) -> Costs:
         """The same chain with fewer positions."""
         chosen = np.asarray(positions)
         square = np.ix_(chosen, chosen)
-        before, held, running = self.before_bytes[chosen], self.held_bytes[square], self.running_bytes[square]
-        return Costs(self.machine, before, held, running, self.run_s[square])
+        held, working, running = self.held_bytes[square], self.working_bytes[square], self.running_bytes[square]
+        return Costs(self.machine, self.before_bytes[chosen], held, working, running, self.run_s[square])
 
 
 def largest(several: Sequence[Costs]) -> Costs:
@@ -79,6 +77,7 @@ def largest(several: Sequence[Costs]) -> Costs:
             first.machine,
             np.maximum(first.before_bytes, other.before_bytes),
             np.maximum(first.held_bytes, other.held_bytes),
+            np.maximum(first.working_bytes, other.working_bytes),
             np.maximum(first.running_bytes, other.running_bytes),
             np.maximum(first.run_s, other.run_s),
         )

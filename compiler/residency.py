@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
@@ -153,21 +154,36 @@ def variant_of(
     )
 
 
-def _first_needs_bytes(chain: Chain) -> int:
-    """The most bytes held in a first run by the first level, which packs weights and lets the workspace grow.
+def most_bytes(variant: Variant, partitions: Sequence[Partition], budget_bytes: int) -> int:
+    """The most bytes that any run of a variant holds within a budget.
 
-    When the workspace grows, the one before is there until the new one is.
+    In a first run the workspace grows: it packs weights by the first level, or, where they are packed already, goes by
+    the best level that leaves room for that.
     """
-    largest_bytes = max(one.workspace_bytes for one in chain.partitions)
-    workspace_bytes = most_bytes = 0
-    for one, waiting_bytes, running_bytes in zip(
-        chain.partitions, chain.waiting_bytes, chain.running_bytes, strict=True
+    growing_bytes = max(_growing_bytes(partitions))
+    first = (level.needs_bytes + growing_bytes for level in variant.residency)
+    return max(variant.peak_bytes, variant.first_needs_bytes, *(most for most in first if most <= budget_bytes))
+
+
+def _first_needs_bytes(chain: Chain) -> int:
+    """The most bytes held in a first run by the first level, which packs weights and lets the workspace grow."""
+    most_bytes = 0
+    for one, waiting_bytes, running_bytes, growing_bytes in zip(
+        chain.partitions, chain.waiting_bytes, chain.running_bytes, _growing_bytes(chain.partitions), strict=True
     ):
-        grows = one.workspace_bytes > workspace_bytes
-        more_bytes = max(workspace_bytes + one.workspace_bytes - largest_bytes, 0) if grows else 0
-        most_bytes = max(most_bytes, waiting_bytes + one.load_bytes, running_bytes + one.held_bytes + more_bytes)
-        workspace_bytes = max(workspace_bytes, one.workspace_bytes)
+        running_bytes += one.held_bytes + growing_bytes
+        most_bytes = max(most_bytes, waiting_bytes + one.load_bytes, running_bytes)
     return most_bytes + chain.slab_bytes + lasting_bytes(chain.partitions)
+
+
+def _growing_bytes(partitions: Sequence[Partition]) -> list[int]:
+    """What the workspace takes beyond its largest size when it grows for each: the one before is there meanwhile."""
+    largest_bytes = max(one.workspace_bytes for one in partitions)
+    before = [0, *accumulate((one.workspace_bytes for one in partitions), max)]
+    return [
+        max(before_bytes + one.workspace_bytes - largest_bytes, 0) if one.workspace_bytes > before_bytes else 0
+        for one, before_bytes in zip(partitions, before, strict=False)
+    ]
 
 
 def _level(chain: Chain, pinned: frozenset[str], prefetch: int, waits: frozenset[str]) -> Residency:

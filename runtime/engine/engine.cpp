@@ -310,6 +310,7 @@ void Engine::Clear() {
   lasting_.reset();
   planned_for_ = nullptr;
   has_run_ = nullptr;
+  ReturnFreed();
 }
 
 RunReport Engine::report(const std::string& stage) const {

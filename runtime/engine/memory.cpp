@@ -3,6 +3,9 @@
 #ifdef __APPLE__
 #include <os/proc.h>
 #endif
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include <algorithm>
 #include <fstream>
@@ -89,5 +92,11 @@ uint64_t AvailableBytes() {
 }
 
 #endif
+
+void ReturnFreed() {
+#ifdef __GLIBC__
+  malloc_trim(0);
+#endif
+}
 
 }  // namespace movd

@@ -9,4 +9,7 @@ namespace movd {
 // that can be dropped counted as free. UINT64_MAX where nothing says so.
 uint64_t AvailableBytes();
 
+// Gives back to the system what was freed and the allocator keeps in case it is asked again.
+void ReturnFreed();
+
 }  // namespace movd

@@ -56,6 +56,15 @@ def _live_bytes(chain: Chain, start: int, stop: int, node: int) -> int:
     return live
 
 
+def _around_bytes(chain: Chain, start: int, stop: int) -> int:
+    """The values that enter the partition start .. stop, leave it, or pass it."""
+    return sum(
+        value.size_bytes
+        for value in chain.values
+        if value.first < start <= value.last or start <= value.first < stop <= value.last
+    )
+
+
 def _replay(chain: Chain, machine: Machine, cuts: tuple[int, ...]) -> tuple[float, int]:
     """Seconds and peak bytes of a run; a load waits for the run before it where both do not fit."""
     seconds, peak_bytes = 0.0, 0
@@ -64,15 +73,17 @@ def _replay(chain: Chain, machine: Machine, cuts: tuple[int, ...]) -> tuple[floa
         held = _held_bytes(chain, start, stop)
         first_load_bytes, load_s = int(machine.load_copies * held), machine.load_s(held)
         waiting = sum(value.size_bytes for value in chain.values if value.first < start <= value.last)
-        alone_bytes = chain.input_bytes + waiting + held
+        alone_bytes = chain.input_bytes + waiting
         if running_bytes is not None and running_bytes + held <= machine.budget_bytes:
             seconds += max(running_s, load_s)
             peak_bytes = max(peak_bytes, running_bytes + held)
         else:
             seconds += running_s + load_s
-        running_bytes = held + max(_live_bytes(chain, start, stop, node) for node in range(start, stop))
+        live_bytes = max(_live_bytes(chain, start, stop, node) for node in range(start, stop))
+        working_bytes = live_bytes - chain.input_bytes - _around_bytes(chain, start, stop)
+        running_bytes = held + live_bytes
         running_s = machine.run_s(sum(chain.flops[start:stop]))
-        peak_bytes = max(peak_bytes, max(alone_bytes, running_bytes) + first_load_bytes - held)
+        peak_bytes = max(peak_bytes, alone_bytes + first_load_bytes + working_bytes, running_bytes)
     return seconds + running_s, peak_bytes
 
 
@@ -177,7 +188,7 @@ def test_fewer_positions_cost_what_they_cost_among_all() -> None:
     few = costs(chain, [0, 2, 4], _machine(1000))
     among = costs(chain, range(5), _machine(1000)).at([0, 2, 4])
     upper = np.triu_indices(3, 1)
-    for name in ("held_bytes", "running_bytes", "run_s"):
+    for name in ("held_bytes", "working_bytes", "running_bytes", "run_s"):
         np.testing.assert_array_equal(getattr(few, name)[upper], getattr(among, name)[upper])
     np.testing.assert_array_equal(few.before_bytes, among.before_bytes)
 
