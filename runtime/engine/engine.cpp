@@ -232,7 +232,8 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
       }
     }
     LoadedPartition& partition = loader_->Await(record);
-    const Taken growing(books_, has_run_ == &variant ? 0 : GrowingBytes(variant, i), "the workspace of " + record.name);
+    const uint64_t growing_bytes = has_run_ == &variant ? 0 : GrowingBytes(variant, i);
+    std::optional<Taken> growing(std::in_place, books_, growing_bytes, "the workspace of " + record.name);
     std::vector<void*> targets;
     for (const TensorRecord& tensor : record.outputs) {
       Taken taken(books_, tensor.SizeBytes(), "tensor " + tensor.name);
@@ -249,6 +250,7 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
     partition.Run(sources, targets);
     trace_.Add({What::kRun, record.name, Lane::kExecution, start_s, trace_.Now() - start_s, 0,
                 books_.held_bytes()});
+    growing.reset();  // before the loader may take more
     for (const TensorRecord& tensor : record.inputs) {
       if (last_read[tensor.name] == i) tensors.erase(tensor.name);
     }

@@ -236,7 +236,7 @@ def test_a_budget_that_holds_nothing_is_a_budget_error(bundle: Path, denoiser: C
     least = engine.stage(DENOISER).least_bytes
     assert engine.said().startswith(f"denoiser needs {least} bytes at least; the budget is 1000")
     assert engine.movd.movd_set_budget(engine.handle, least) == OK
-    assert engine.run(DENOISER, denoiser.inputs, outputs) == OK
+    assert engine.run(DENOISER, denoiser.inputs, outputs) == OK, engine.said()
     assert denoiser.are_expected(outputs)
     assert engine.report(DENOISER).peak_bytes <= least
 
