@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +20,7 @@ import typer
 from platformdirs import user_cache_path
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -29,6 +32,7 @@ from movdc.runtime.sampler import Trajectory
 
 if TYPE_CHECKING:
     from movdc.runtime._engine import RunReport
+    from movdc.runtime.journal import Journal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 console = Console()
@@ -126,11 +130,13 @@ def run(
         Path | None, typer.Option(help="Keep packed weights here; by default in the user's cache folder.")
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write what both lanes did here, for Perfetto (.json).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on where a run that was stopped stood.")] = False,
 ) -> None:
     """Make a video with a bundle."""
     start = time.perf_counter()
     from movdc.runtime.executor import MODES, Executor
     from movdc.runtime.generate import Generator
+    from movdc.runtime.journal import journal
     from movdc.runtime.video import write_contact_sheet, write_mp4
 
     read = Bundle.read(bundle)
@@ -138,31 +144,50 @@ def run(
     given = None if noise is None else _load_noise(noise)
     if mode not in MODES:
         raise RunError(f"--mode: unknown {mode!r}; there are {', '.join(MODES)}")
-    with _progress() as progress:
-        executor = Executor(
-            read,
-            mode=mode,
-            memory_budget=_bytes("--memory-budget", memory_budget),
-            packed_cache=packed_cache or user_cache_path("movdc") / "packed",
-            keeps_trace=trace is not None,
-        )
-        result = Generator(read, executor).generate(
-            prompt, seed=seed, noise=given, steps=steps, on_progress=_Bars(progress)
-        )
-    executor.release()  # what is loaded would stand beside the frames
+    asked = {
+        "bundle": read.sha256,
+        "--prompt": prompt,
+        "--noise": None if given is None else hashlib.sha256(given.tobytes()).hexdigest(),
+        "--seed": seed if given is None else None,
+        "--steps": steps or read.manifest.sampler.units[0],
+    }
+    with journal(out, asked, resume=resume) as kept:
+        with _says_how_to_go_on(kept), _progress() as progress:
+            executor = Executor(
+                read,
+                mode=mode,
+                memory_budget=_bytes("--memory-budget", memory_budget),
+                packed_cache=packed_cache or user_cache_path("movdc") / "packed",
+                keeps_trace=trace is not None,
+            )
+            result = Generator(read, executor).generate(
+                prompt, seed=seed, noise=given, steps=steps, journal=kept, on_progress=_Bars(progress)
+            )
+        executor.release()  # what is loaded would stand beside the frames
+        if save_latents is not None:
+            np.save(save_latents, result.latents)
+        write_mp4(out, result.frames, fps)
+        write_contact_sheet(out.with_suffix(".png"), result.frames, fps, prompt)
+        if trace is not None:
+            trace.write_text(executor.trace())
     if result.dropped_tokens:
         limit = read.manifest.prompt.max_tokens
         console.print(f"the prompt is {result.dropped_tokens} tokens over {limit}: its end is left out", style="yellow")
-    if save_latents is not None:
-        np.save(save_latents, result.latents)
-    write_mp4(out, result.frames, fps)
-    write_contact_sheet(out.with_suffix(".png"), result.frames, fps, prompt)
-    if trace is not None:
-        trace.write_text(executor.trace())
     _print_trajectory(result.trajectory)
     _print_reports(executor.reports)
     parts = ", ".join(f"{stage} {seconds:.1f} s" for stage, seconds in result.seconds.items())
     console.print(f"{out} and {out.with_suffix('.png')}: {parts}; {time.perf_counter() - start:.1f} s in all")
+
+
+@contextmanager
+def _says_how_to_go_on(kept: Journal) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        if kept.is_started:
+            text = f"{kept.folder} has what is done: the same command with --resume goes on from there"
+            console.print(text, markup=False, highlight=False, soft_wrap=True)
+        raise
 
 
 def _print_trajectory(trajectory: Trajectory) -> None:
@@ -327,12 +352,12 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except (MovdcError, RunError) as error:
-        errors.print(f"[red]error:[/red] {error}", highlight=False, soft_wrap=True)
+        errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except UsageError as error:  # an option that does not exist, a number out of range
         if message := error.format_message():  # none where the help was shown instead
             errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
-        errors.print("stopped; nothing was written")
+        errors.print("stopped; nothing is half written")
         sys.exit(130)

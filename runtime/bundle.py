@@ -278,9 +278,10 @@ class Manifest(_Record):
 class Bundle:
     """A bundle directory whose manifest has been checked against its seal."""
 
-    def __init__(self, root: Path, manifest: Manifest) -> None:
+    def __init__(self, root: Path, manifest: Manifest, sha256: str = "") -> None:
         self.root = root
         self.manifest = manifest
+        self.sha256 = sha256  # of bundle.json, which has that of every other file
 
     @classmethod
     def read(cls, root: Path) -> Bundle:
@@ -297,7 +298,7 @@ class Bundle:
                 raise BundleError(
                     f"{root / MANIFEST}: format_version {version}, this movdc reads {FORMAT_VERSION}; compile again"
                 )
-            return cls(root, Manifest.model_validate_json(text))
+            return cls(root, Manifest.model_validate_json(text), hashlib.sha256(text).hexdigest())
         except (ValidationError, ValueError, KeyError, TypeError) as error:
             first = str(error).splitlines()[0]
             raise BundleError(f"{root / MANIFEST}: not a movdc manifest ({first})") from error

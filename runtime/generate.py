@@ -11,8 +11,9 @@ import numpy as np
 
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
+from movdc.runtime.journal import Journal
 from movdc.runtime.prompt import prepare, tokenize
-from movdc.runtime.sampler import Trajectory, initial_noise, sample
+from movdc.runtime.sampler import Point, Trajectory, initial_noise, is_over, sample
 from movdc.runtime.video import Frames, to_frames
 
 Array = np.ndarray[Any, Any]
@@ -50,28 +51,32 @@ class Generator:
 
     def generate(
         self,
-        text: str,
+        prompt: str,
         *,
         seed: int = 0,
         noise: Array | None = None,
         steps: int | None = None,
+        journal: Journal | None = None,
         on_progress: Progress = lambda stage, done, total: None,
     ) -> Result:
-        """Make one video; raises RunError for a prompt or noise that cannot be used."""
+        """Make one video, from where the run of the journal stood; raises RunError for what cannot be used."""
         manifest, run = self._manifest, self._executor.run
         sampler = manifest.sampler
         if steps is not None:
             sampler = sampler.model_copy(update={"units": (steps,) * len(sampler.units)})
         noise = initial_noise(seed, sampler.latent) if noise is None else _checked_noise(noise, sampler.latent)
+        point = Point(noise) if journal is None or journal.point is None else journal.point
         tokenizer_json = self._executor.read_file(manifest.prompt.tokenizer)
-        tokens = tokenize(prepare(text, manifest.prompt), manifest.prompt, tokenizer_json)
+        tokens = tokenize(prepare(prompt, manifest.prompt), manifest.prompt, tokenizer_json)
         seconds: dict[str, float] = {}
         text_mask = tokens.mask.astype(np.float32)
 
-        on_progress("text_encoder", 0, 1)
         start = time.perf_counter()
-        states = run("text_encoder", "plain", {"input_ids": tokens.ids, "text_mask": text_mask})["text"]
-        on_progress("text_encoder", 1, 1)
+        text: dict[str, Array] = {}
+        if not is_over(point, sampler):
+            on_progress("text_encoder", 0, 1)
+            text = run("text_encoder", "plain", {"input_ids": tokens.ids, "text_mask": text_mask})
+            on_progress("text_encoder", 1, 1)
         seconds["text_encoder"] = time.perf_counter() - start
 
         def variant(step: int) -> str | None:
@@ -81,40 +86,56 @@ class Generator:
             return "merged" if merged else "plain"
 
         def denoise(z: Array, timestep: Array, step: int) -> Array:
-            inputs = {"latents": z, "timestep": timestep, "text": states, "text_mask": text_mask}
+            inputs = {"latents": z, "timestep": timestep, "text_mask": text_mask, **text}
             return run("denoiser", variant(step) or "plain", inputs, variant(step + 1))["velocity"]
 
         start = time.perf_counter()
-        latents, trajectory = sample(denoise, noise, sampler, lambda done, total: on_progress("denoiser", done, total))
+        latents, trajectory = sample(
+            denoise,
+            point,
+            sampler,
+            lambda done, total: on_progress("denoiser", done, total),
+            None if journal is None else journal.keep_point,
+        )
         seconds["denoiser"] = time.perf_counter() - start
 
         start = time.perf_counter()
-        pixels = self._decode(latents, on_progress)
+        frames = self._decode(latents, journal, on_progress)
         seconds["vae"] = time.perf_counter() - start
-        return Result(latents, to_frames(pixels), seconds, trajectory, tokens.dropped)
+        return Result(latents, frames, seconds, trajectory, tokens.dropped)
 
-    def _decode(self, latents: Array, on_progress: Progress) -> Array:
-        """Pixels [N, 3, H, W] fp32: chunks in time, then micro-batches of frames."""
+    def _decode(self, latents: Array, journal: Journal | None, on_progress: Progress) -> Frames:
+        """Frames [N, H, W, 3]: chunks in time, then micro-batches of frames."""
         decode = self._manifest.decode
         chunks = []
         begin = 0
         for index, chunk in enumerate(decode.chunks):
-            part = np.ascontiguousarray(latents[:, :, begin : begin + chunk.latent_frames])
-            then = decode.chunks[index + 1].variant if index + 1 < len(decode.chunks) else None
-            chunks.append(self._executor.run("vae_temporal", chunk.variant, {"latents": part}, then)["frames"])
+            made = None if journal is None else journal.kept("vae_temporal", index)
+            if made is None:
+                part = np.ascontiguousarray(latents[:, :, begin : begin + chunk.latent_frames])
+                then = decode.chunks[index + 1].variant if index + 1 < len(decode.chunks) else None
+                made = self._executor.run("vae_temporal", chunk.variant, {"latents": part}, then)["frames"]
+                if journal is not None:
+                    journal.keep("vae_temporal", index, made)
+            chunks.append(made)
             begin += chunk.latent_frames
             on_progress("vae_temporal", index + 1, len(decode.chunks))
         frames = np.concatenate(chunks, axis=2)[0].transpose(1, 0, 2, 3)  # [N, C, h, w]
         batch = decode.micro_batch_frames
         # Frames decode on their own, so a short last batch is filled up with anything and cut again.
         padded = np.concatenate([frames, np.repeat(frames[-1:], -len(frames) % batch, axis=0)])
-        pixels = []
-        for first in range(0, len(padded), batch):
-            part = np.ascontiguousarray(padded[first : first + batch])
-            then = "plain" if first + batch < len(padded) else None
-            pixels.append(self._executor.run("vae_spatial", "plain", {"frames": part}, then)["pixels"])
+        pictures = []
+        for index, first in enumerate(range(0, len(padded), batch)):
+            made = None if journal is None else journal.kept("vae_spatial", index)
+            if made is None:
+                part = np.ascontiguousarray(padded[first : first + batch])
+                then = "plain" if first + batch < len(padded) else None
+                made = to_frames(self._executor.run("vae_spatial", "plain", {"frames": part}, then)["pixels"])
+                if journal is not None:
+                    journal.keep("vae_spatial", index, made)
+            pictures.append(made)
             on_progress("vae_spatial", min(first + batch, len(frames)), len(frames))
-        return np.concatenate(pixels)[: len(frames)]
+        return np.concatenate(pictures)[: len(frames)]
 
 
 def _checked_noise(noise: Array, shape: tuple[int, ...]) -> Array:

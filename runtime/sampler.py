@@ -8,7 +8,7 @@ dynamic one watches the cosine of successive drifts and leaps when it has stoppe
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,15 +35,25 @@ class Trajectory:
     ]  # of the drift of each evaluation with the one before; NaN where there is none to compare
 
 
+@dataclass(frozen=True)
+class Point:
+    """Where a run stands between two steps: all that `sample` needs to go on from there, with the same bits."""
+
+    latents: Array  # [1, C, T, H, W]
+    drift: Array | None = None  # [C, T, H, W] of the last step; None before the first
+    cosines: tuple[float, ...] = ()  # one for each step so far, as in Trajectory
+
+
 class _Watch:
     """Whether to leap now, asked once a step; one is made for each run, so that nothing is left of the last."""
 
-    def __init__(self, rule: LeapRule | None, steps: int) -> None:
-        self._rule = rule
-        self._steps = steps
-        self.restart()
+    def __init__(self, sampler: Sampler) -> None:
+        self._rule = sampler.leap
+        self._steps = sampler.units[0]
+        self._merged_steps = sampler.merged_steps
+        self._restart()
 
-    def restart(self) -> None:
+    def _restart(self) -> None:
         """Forget the cosines so far."""
         self._best = -math.inf if self._rule is None or self._rule.best is None else self._rule.best
         self._worse = 0  # cosines in a row that were not better
@@ -51,8 +61,12 @@ class _Watch:
     def leaps(self, step: int, cosine: float) -> bool:
         """Whether this step, whose drift has this cosine with the one before, goes to t = 0."""
         rule = self._rule
-        if rule is None or rule.mode == "fixed":
-            return rule is not None and step == rule.fixed_step(self._steps)
+        if step == self._merged_steps:
+            self._restart()
+        if rule is None or step + 1 == self._steps:  # the last step ends at t = 0 in any case
+            return False
+        if rule.mode == "fixed":
+            return step == rule.fixed_step(self._steps)
         if math.isnan(cosine) or step < rule.first_compared(self._steps):
             return False
         if cosine > self._best + rule.tol:
@@ -87,23 +101,32 @@ def drift_cosine(drift: Array, before: Array, rule: LeapRule | None = None) -> f
     return float(np.mean(np.where(straight, 1.0, np.clip(products, -1.0, 1.0))))
 
 
+def is_over(point: Point, sampler: Sampler) -> bool:
+    """Whether no step is left to take."""
+    return len(point.cosines) == sampler.units[0] or _has_leapt(_Watch(sampler), point.cosines)
+
+
 def sample(
     denoise: Callable[[Array, Array, int], Array],
-    noise: Array,
+    start: Array | Point,
     sampler: Sampler,
     on_step: Callable[[int, int], None] | None = None,
+    on_point: Callable[[Point], None] | None = None,
 ) -> tuple[Array, Trajectory]:
-    """Latents [1, C, T, H, W] fp32 from noise; `denoise(z, timestep [1], step)` gives velocities [2, C, T, H, W].
+    """Latents [1, C, T, H, W] fp32 from noise, or from where an earlier call stood after one of its steps.
 
-    Row 0 of the velocities is for the caption, row 1 for the null caption; raises RunError when one is not finite, and
-    for a sampler that is not of one unit, first order, and rectified flow or flow matching.
+    `denoise(z, timestep [1], step)` gives velocities [2, C, T, H, W]: row 0 is for the caption, row 1 for the null
+    caption. Raises RunError when one is not finite, and for a sampler that is not of one unit, first order, and
+    rectified flow or flow matching.
     """
     _check(sampler)
     rule, steps = sampler.leap, sampler.units[0]
     schedule = np.append(timesteps(sampler), 0.0)
-    watch = _Watch(rule, steps)
-    z, before, cosines = noise, None, []
-    for step in range(steps):
+    point = start if isinstance(start, Point) else Point(start)
+    z, before, cosines = point.latents, point.drift, list(point.cosines)
+    watch = _Watch(sampler)
+    leapt = _has_leapt(watch, cosines)
+    for step in range(steps if leapt else len(cosines), steps):
         conditional, null = denoise(z, schedule[step : step + 1].astype(np.float32), step)
         drift = null + np.float32(sampler.guidance) * (conditional - null)
         drift = drift * np.float32(DRIFT_SIGNS[sampler.prediction])
@@ -111,17 +134,25 @@ def sample(
             raise RunError(f"step {step} of {steps}: the denoiser gave a velocity that is not finite")
         if step == sampler.merged_steps:  # the plain variant's drift differs anyhow, which would cost patience
             before = None
-            watch.restart()
         cosines.append(math.nan if before is None else drift_cosine(drift, before, rule))
-        leaps = step + 1 < steps and watch.leaps(step, cosines[-1])  # the last step ends at t = 0 in any case
-        end = 0.0 if leaps else schedule[step + 1]
+        leapt = watch.leaps(step, cosines[-1])
+        end = 0.0 if leapt else schedule[step + 1]
         z = z + drift[None] * np.float32((schedule[step] - end) / 1000)
         before = drift
+        if on_point is not None:
+            on_point(Point(z, drift, tuple(cosines)))
         if on_step is not None:
-            on_step(step + 1, step + 1 if leaps else steps)
-        if leaps:
-            return z, Trajectory(step + 1, step, float(schedule[step]) / 1000, tuple(cosines))
-    return z, Trajectory(steps, None, None, tuple(cosines))
+            on_step(step + 1, step + 1 if leapt else steps)
+        if leapt:
+            break
+    taken = len(cosines)
+    left = float(schedule[taken - 1]) / 1000 if leapt else None
+    return z, Trajectory(taken, taken - 1 if leapt else None, left, tuple(cosines))
+
+
+def _has_leapt(watch: _Watch, cosines: Sequence[float]) -> bool:
+    """Show a watch the steps that were taken; gives whether the last of them was a leap."""
+    return any([watch.leaps(step, cosine) for step, cosine in enumerate(cosines)])
 
 
 def _check(sampler: Sampler) -> None:
