@@ -131,12 +131,16 @@ def run(
     ] = None,
     trace: Annotated[Path | None, typer.Option(help="Write what both lanes did here, for Perfetto (.json).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on where a run that was stopped stood.")] = False,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Encode the prompt, known or not, and do not keep what comes out.")
+    ] = False,
 ) -> None:
     """Make a video with a bundle."""
     start = time.perf_counter()
     from movdc.runtime.executor import MODES, Executor
     from movdc.runtime.generate import Generator
     from movdc.runtime.journal import journal
+    from movdc.runtime.prompt_cache import PromptCache
     from movdc.runtime.video import write_contact_sheet, write_mp4
 
     read = Bundle.read(bundle)
@@ -144,6 +148,7 @@ def run(
     given = None if noise is None else _load_noise(noise)
     if mode not in MODES:
         raise RunError(f"--mode: unknown {mode!r}; there are {', '.join(MODES)}")
+    prompts = None if no_cache else PromptCache(user_cache_path("movdc") / "prompts")
     asked = {
         "bundle": read.sha256,
         "--prompt": prompt,
@@ -160,7 +165,7 @@ def run(
                 packed_cache=packed_cache or user_cache_path("movdc") / "packed",
                 keeps_trace=trace is not None,
             )
-            result = Generator(read, executor).generate(
+            result = Generator(read, executor, prompts).generate(
                 prompt, seed=seed, noise=given, steps=steps, journal=kept, on_progress=_Bars(progress)
             )
         executor.release()  # what is loaded would stand beside the frames

@@ -13,6 +13,7 @@ from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
 from movdc.runtime.journal import Journal
 from movdc.runtime.prompt import prepare, tokenize
+from movdc.runtime.prompt_cache import PromptCache
 from movdc.runtime.sampler import Point, Trajectory, initial_noise, is_over, sample
 from movdc.runtime.video import Frames, to_frames
 
@@ -44,8 +45,10 @@ class Result:
 class Generator:
     """Makes videos with one bundle."""
 
-    def __init__(self, bundle: Bundle, executor: StageRunner) -> None:
+    def __init__(self, bundle: Bundle, executor: StageRunner, prompts: PromptCache | None = None) -> None:
+        self._bundle = bundle
         self._manifest = bundle.manifest
+        self._prompts = prompts
         self._denoiser_variants = bundle.stages["denoiser"].variants
         self._executor = executor
 
@@ -75,7 +78,7 @@ class Generator:
         text: dict[str, Array] = {}
         if not is_over(point, sampler):
             on_progress("text_encoder", 0, 1)
-            text = run("text_encoder", "plain", {"input_ids": tokens.ids, "text_mask": text_mask})
+            text = self._encode({"input_ids": tokens.ids, "text_mask": text_mask})
             on_progress("text_encoder", 1, 1)
         seconds["text_encoder"] = time.perf_counter() - start
 
@@ -103,6 +106,15 @@ class Generator:
         frames = self._decode(latents, journal, on_progress)
         seconds["vae"] = time.perf_counter() - start
         return Result(latents, frames, seconds, trajectory, tokens.dropped)
+
+    def _encode(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """The text encoder's outputs, kept ones if there are any."""
+        outputs = None if self._prompts is None else self._prompts.find(self._bundle, inputs)
+        if outputs is None:
+            outputs = self._executor.run("text_encoder", "plain", inputs)
+            if self._prompts is not None:
+                self._prompts.keep(self._bundle, inputs, outputs)
+        return outputs
 
     def _decode(self, latents: Array, journal: Journal | None, on_progress: Progress) -> Frames:
         """Frames [N, H, W, 3]: chunks in time, then micro-batches of frames."""
