@@ -1,4 +1,4 @@
-"""The decode loads each partition once for all of its calls where the memory allows, and gives the same frames if not."""
+"""The decode loads each partition once for all of its calls where memory allows, and makes the same frames if not."""
 
 import json
 from collections import Counter
