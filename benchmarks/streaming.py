@@ -46,7 +46,7 @@ SLACK = 0.05  # of the weights, on top of the budget
 # Frames and side in pixels of the video at which reading and packing all weights would take about so many times the
 # runs, on two cores that multiply at 75 GFLOPS and a disk that reads 0.8 GB/s. Weights that are packed and in the page
 # cache take a tenth of that.
-VIDEOS = {"0.3": (102, 64), "1": (34, 64), "3": (17, 48)}
+VIDEOS = {"0.3": (68, 64), "1": (34, 48), "3": (17, 32)}
 SWEEP = [share / 10 for share in range(1, 11)]
 
 

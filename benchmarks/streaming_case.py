@@ -66,8 +66,8 @@ class Case:
         return [file for folder in folders for file in folder.rglob("*") if file.is_file()]
 
     def kept(self, arm: str) -> Path:
-        """The folder that the arm's preparation fills; the modes of our engine share one."""
-        return self.folder / ("movdc" if arm.startswith("movdc") else arm.replace(" ", "-"))
+        """The folder that the arm's preparation fills; no two share one, for what one maps is cold for none."""
+        return self.folder / arm.replace(" ", "-")
 
     def log(self, arm: str) -> Path:
         """What the libraries of an arm print."""

@@ -117,6 +117,13 @@ uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
   return read_bytes;
 }
 
+uint64_t AbsentBytes(const Mapping& mapping) {
+  const size_t page_bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  const std::vector<Residence> pages = Resident(mapping, page_bytes);
+  const auto absent = std::count_if(pages.begin(), pages.end(), [](Residence page) { return (page & 1) == 0; });
+  return static_cast<uint64_t>(absent) * page_bytes;
+}
+
 ForeignMappings::ForeignMappings(const std::string& path) {
   std::ifstream maps("/proc/self/maps");
   for (std::string line; std::getline(maps, line);) {  // FIRST-LAST r--s OFFSET DEVICE INODE PATH
@@ -127,9 +134,13 @@ ForeignMappings::ForeignMappings(const std::string& path) {
   }
 }
 
-void ForeignMappings::Populate() const {
+bool ForeignMappings::Populate() const {
 #ifdef MADV_POPULATE_READ
-  for (const auto& [data, size_bytes] : ranges_) madvise(data, size_bytes, MADV_POPULATE_READ);
+  return !ranges_.empty() && std::all_of(ranges_.begin(), ranges_.end(), [](const auto& range) {
+    return madvise(range.first, range.second, MADV_POPULATE_READ) == 0;
+  });
+#else
+  return false;
 #endif
 }
 

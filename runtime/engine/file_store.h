@@ -86,8 +86,9 @@ class ForeignMappings {
   // Finds the shared mappings of a file in this process; none where the system cannot tell.
   explicit ForeignMappings(const std::string& path);
 
-  // Puts their pages into this process's tables at once: each would cost a fault at its first use otherwise.
-  void Populate() const;
+  // Reads what the page cache lacks of them, and puts their pages into this process's tables: each would cost a fault at
+  // its first use otherwise. False where the system cannot, or where a file is shorter than it was.
+  bool Populate() const;
 
   // Lets go of their pages; they come back from the file when they are read again.
   void LetGo() const;
@@ -100,6 +101,9 @@ class ForeignMappings {
 // piece is given to `each`, if there is one, and then all are read. Throws FileError if the file is shorter than mapped.
 uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
                      const std::function<void(const uint8_t*, size_t)>& each = nullptr);
+
+// Bytes of a mapped file that are not in the page cache; all where the system does not say.
+uint64_t AbsentBytes(const Mapping& mapping);
 
 // Opens a plain file below a folder, reached through no link; throws FileError that names it.
 Descriptor OpenInside(const std::string& root, const std::string& path);
