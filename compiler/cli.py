@@ -252,10 +252,9 @@ def inspect(bundle: OutFolder) -> None:
 def _kept(variant: Variant, budget_bytes: int) -> str:
     """What the budget lets stay loaded, and what would let everything stay."""
     level = [level for level in variant.residency if level.needs_bytes <= budget_bytes][-1]
-    ahead = "one ahead" if level.prefetch else "none ahead"
     waiting = f", {len(level.waits)} wait" if level.waits else ""
     return (
-        f"{len(level.pinned)} stay, {ahead}{waiting}; levels of residency from "
+        f"{len(level.pinned)} stay, {level.prefetch} ahead{waiting}; levels of residency from "
         f"{format_bytes(variant.residency[0].needs_bytes)} to {format_bytes(variant.residency[-1].needs_bytes)}"
     )
 

@@ -17,6 +17,8 @@ from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
 from movdc.runtime.bundle import Interval, Partition, Residency, TensorSpec, Variant
 
+MOST_AHEAD = 2  # partitions loaded ahead: with a second one, a load or a run that takes long stops neither lane
+
 
 @dataclass(frozen=True)
 class Chain:
@@ -110,12 +112,12 @@ def residency(chain: Chain, machine: Machine, cadence: str) -> list[Residency]:
     levels = [_level(chain, nothing, 0, nothing)]
     if waits := _waits(chain, machine.budget_bytes):
         levels.append(_level(chain, nothing, 1, waits))
-    levels.append(_level(chain, nothing, 1, nothing))
+    levels += [_level(chain, nothing, ahead, nothing) for ahead in range(1, MOST_AHEAD + 1)]
     if cadence != "once":
         pinned: list[str] = []
         for name in pinning_order(chain, machine):
             pinned.append(name)
-            levels.append(_level(chain, frozenset(pinned), 1, nothing))
+            levels.append(_level(chain, frozenset(pinned), MOST_AHEAD, nothing))
     kept = levels[:1]
     for level in levels[1:]:
         while len(kept) > 1 and kept[-1].needs_bytes >= level.needs_bytes:  # less memory for more that stays
@@ -238,7 +240,7 @@ def pinning_order(chain: Chain, machine: Machine) -> list[str]:
 
 
 def cycle_s(chain: Chain, machine: Machine, pinned: frozenset[int]) -> float:
-    """Predicted seconds of a run in the steady state of many, with one partition loaded ahead."""
+    """Predicted seconds of a run in the steady state of many, with partitions loaded ahead."""
     cycles = 3  # the first one starts with nothing loaded
     runs = [machine.run_s(one.flops) for one in chain.partitions]
     loads = [machine.load_s(one.weight_bytes) for one in chain.partitions]
@@ -249,7 +251,7 @@ def cycle_s(chain: Chain, machine: Machine, pinned: frozenset[int]) -> float:
         for index, run_s in enumerate(runs):
             ready_s = 0.0
             if index not in pinned:
-                loader_s = max(loader_s, freed[-2] if len(freed) > 1 else 0.0) + loads[index]
+                loader_s = max(loader_s, freed[-1 - MOST_AHEAD] if len(freed) > MOST_AHEAD else 0.0) + loads[index]
                 ready_s = loader_s
             elif cycle == 0:
                 loader_s += loads[index]
