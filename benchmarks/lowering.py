@@ -19,6 +19,7 @@ from rich.table import Table
 from transformers import T5Config
 
 from movdc.compiler.bundle_writer import BundleWriter
+from movdc.compiler.cache import open_cache
 from movdc.compiler.device import Machine
 from movdc.compiler.lower import lower
 from movdc.compiler.pass_base import run_passes
@@ -63,9 +64,9 @@ def program_of(blocks: int, example: Program) -> Program:
 
 def lowering_s(program: Program) -> float:
     """Seconds of processor time to lower a program and to write its weights."""
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, open_cache(Path(folder) / "cache") as cache:
         start = time.process_time()
-        lower(program, ExecutorchXnnpack(), BundleWriter(Path(folder)), lambda what, done, total: None)
+        lower(program, ExecutorchXnnpack(), BundleWriter(Path(folder)), cache, lambda what, done, total: None)
         return time.process_time() - start
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from movdc.compiler.cache import Entry
 from movdc.compiler.errors import MovdcError
+from movdc.compiler.folders import directory, lock, place, sync
 from movdc.runtime.bundle import MANIFEST, SEAL, Constant, File, Manifest, WeightsFile, seal_of
 
 
@@ -24,13 +25,13 @@ class BundleWriter:
         self.files: dict[str, File] = {}
         self.weights: dict[str, WeightsFile] = {}
 
-    def add_program(self, program: Path) -> str:
-        """Move a lowered program in; returns its path in the bundle."""
-        return self._add(program, "programs", program.suffix)
+    def add_program(self, entry: Entry, suffix: str) -> str:
+        """Take a lowered program in; returns its path in the bundle."""
+        return self._add(entry, "programs", suffix)
 
-    def add_weights(self, weights: Path, constants: tuple[Constant, ...]) -> str:
-        """Move a file of weights in, unless one of the same content is there; returns its path in the bundle."""
-        path = self._add(weights, "weights", weights.suffix)
+    def add_weights(self, entry: Entry, suffix: str, constants: tuple[Constant, ...]) -> str:
+        """Take a file of weights in, unless one of the same content is there; returns its path in the bundle."""
+        path = self._add(entry, "weights", suffix)
         self.weights[path] = WeightsFile(path=path, constants=constants)
         return path
 
@@ -46,13 +47,12 @@ class BundleWriter:
         (self.root / MANIFEST).write_bytes(text)
         (self.root / SEAL).write_text(seal_of(text))
 
-    def _add(self, source: Path, folder: str, suffix: str) -> str:
-        with source.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        path = f"{folder}/{digest[:16]}{suffix}"
-        (self.root / folder).mkdir(exist_ok=True)
-        self.files[path] = File(path=path, size_bytes=source.stat().st_size, sha256=digest)
-        os.replace(source, self.root / path)
+    def _add(self, entry: Entry, folder: str, suffix: str) -> str:
+        path = f"{folder}/{entry.sha256[:16]}{suffix}"
+        if path not in self.files:
+            (self.root / folder).mkdir(exist_ok=True)
+            place(entry.path, self.root / path)
+            self.files[path] = File(path=path, size_bytes=entry.size_bytes, sha256=entry.sha256)
         return path
 
 
@@ -69,52 +69,26 @@ def new_bundle(out: Path) -> Iterator[BundleWriter]:
         if left.suffix == ".old" and not out.exists():  # between its two renames
             os.rename(left, out)
             continue
-        with _directory(left) as descriptor:
-            if not _lock(descriptor):
+        with directory(left) as descriptor:
+            if not lock(descriptor):
                 raise MovdcError(f"{out}: another compile is writing it; wait for it, or choose another -o")
             shutil.rmtree(left)
     root = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     old = root.with_name(root.name + ".old")
-    with _directory(root) as descriptor:
-        _lock(descriptor)  # goes with the process, however it ends
+    with directory(root) as descriptor:
+        lock(descriptor)  # goes with the process, however it ends
         try:
             yield BundleWriter(root)
             root.chmod(0o755)
             for path in [*root.rglob("*"), root]:
-                _sync(path)
+                sync(path)
             if out.exists():
                 os.rename(out, old)
             os.rename(root, out)
-            _sync(out.parent)
+            sync(out.parent)
             shutil.rmtree(old, ignore_errors=True)
         except BaseException:
             if old.exists() and not out.exists():  # stopped between the two renames
                 os.rename(old, out)
             shutil.rmtree(root, ignore_errors=True)
             raise
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _directory(path: Path) -> Iterator[int]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-def _lock(descriptor: int) -> bool:
-    """Whether the lock could be had; it is held until the descriptor is closed."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

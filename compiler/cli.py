@@ -1,4 +1,4 @@
-"""The command line: movdc compile, run, inspect, passes, targets, devices."""
+"""The command line: movdc compile, run, inspect, cache, passes, targets, devices."""
 
 from __future__ import annotations
 
@@ -72,6 +72,10 @@ def compile_(
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes that lower; by default one a core.")] = None,
     dump: Annotated[Path | None, typer.Option(help="Write the program before and after each phase here.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep what is compiled here; by default in the user's cache folder.")
+    ] = None,
+    no_cache: Annotated[bool, typer.Option("--no-cache", help="Compile everything, and keep only the bundle.")] = False,
 ) -> None:
     """Compile a pipeline into a bundle."""
     start = time.perf_counter()
@@ -102,7 +106,17 @@ def compile_(
 
     with _progress() as progress:
         manifest = compile_bundle(
-            spec_file, out, family, chosen, machine, phases, dump, _Bars(progress), note, jobs or os.cpu_count() or 1
+            spec_file,
+            out,
+            family,
+            chosen,
+            machine,
+            phases,
+            dump,
+            _Bars(progress),
+            note,
+            jobs or os.cpu_count() or 1,
+            None if no_cache else cache or _compile_cache(),
         )
     console.print(
         f"{out}: {len(manifest.partitions)} partitions, {format_bytes(sum(f.size_bytes for f in manifest.files))}, "
@@ -269,6 +283,34 @@ def _quantization_table(errors: Sequence[LayerError]) -> Table:
     if len(errors) > WORST_SHOWN:
         table.caption = f"{len(errors) - WORST_SHOWN} more are in bundle.json"
     return table
+
+
+@app.command("cache")
+def cache_(
+    cache: Annotated[Path | None, typer.Option(help="Another folder than the one in the user's cache folder.")] = None,
+    prune: Annotated[
+        str | None, typer.Option(help="Keep this much, such as 10GB, of what was used last; 1B keeps nothing.")
+    ] = None,
+) -> None:
+    """Show what compiles have left for those to come, and make it smaller."""
+    from movdc.compiler.cache import entries
+    from movdc.compiler.cache import prune as prune_to
+
+    root = cache or _compile_cache()
+    limit_bytes = _bytes("--prune", prune)
+    if limit_bytes is not None:
+        console.print(f"{format_bytes(prune_to(root, limit_bytes))} removed")
+    found = entries(root)
+    for kind in dict.fromkeys(entry.kind for entry in found):
+        some = [entry for entry in found if entry.kind == kind]
+        used = time.strftime("%Y-%m-%d %H:%M", time.localtime(some[0].used_s))
+        console.print(f"{kind}: {len(some)}, {format_bytes(sum(e.size_bytes for e in some))}, last used {used}")
+    total_bytes = sum(entry.size_bytes for entry in found)
+    console.print(f"{root}: {len(found)} entries, {format_bytes(total_bytes)}", highlight=False, soft_wrap=True)
+
+
+def _compile_cache() -> Path:
+    return user_cache_path("movdc") / "compile"
 
 
 @app.command("passes")

@@ -8,11 +8,11 @@ from importlib.metadata import version
 from pathlib import Path
 
 from movdc.compiler.bundle_writer import new_bundle
+from movdc.compiler.cache import open_cache
 from movdc.compiler.checker import check_manifest
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
-from movdc.compiler.layer_errors import layer_errors
 from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
@@ -34,12 +34,16 @@ def compile_bundle(
     progress: Progress,
     note: Callable[[str, str], None],
     jobs: int = 1,
+    cache_root: Path | None = None,
 ) -> Manifest:
-    """Compile a spec into the bundle `out` and return its manifest; `note` gets what each pass (by name) has to say."""
-    with new_bundle(out) as writer:
+    """Compile a spec into the bundle `out` and return its manifest; `note` gets what each pass (by name) has to say.
+
+    What is finished goes to the cache and is taken from there; without one, everything is made and nothing is kept.
+    """
+    with new_bundle(out) as writer, open_cache(cache_root or writer.root / ".cache") as cache:
         program = _optimise(spec_file, family, machine, phases, dump, progress, note)
         _refuse(program, target)
-        stages, partitions = lower(program, target, writer, progress, jobs)
+        lowered = lower(program, target, writer, cache, progress, jobs)
         writer.add_bytes(program.prompt.tokenizer, program.tokenizer_json)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
@@ -47,21 +51,20 @@ def compile_bundle(
             target=target.name,
             device=program.spec.device,
             budget_bytes=machine.budget_bytes,
-            peak_bytes=_peak_bytes(stages, partitions, machine),
+            peak_bytes=_peak_bytes(lowered.stages, lowered.partitions, machine),
             slab_bytes=machine.slab_bytes,
             video=_video(program),
             prompt=program.prompt,
             sampler=program.sampler,
             decode=program.decode,
-            stages=stages,
-            partitions=partitions,
+            stages=lowered.stages,
+            partitions=lowered.partitions,
             weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
-            quantization=layer_errors(program),
+            quantization=lowered.quantization,
             files=tuple(writer.files[path] for path in sorted(writer.files)),
             spec=program.spec.model_dump(mode="json"),
             pipeline=",".join(str(one) for _, passes in phases for one in passes),
-            versions={"movdc": version("movdc"), "torch": version("torch"), "executorch": version("executorch")}
-            | {"python": platform.python_version()},
+            versions={"movdc": version("movdc"), "python": platform.python_version()} | target.versions(),
         )
         check_manifest(manifest)
         writer.finish(manifest)

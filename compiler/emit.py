@@ -6,6 +6,7 @@ import ctypes
 import multiprocessing
 import signal
 import sys
+import tempfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -20,44 +21,40 @@ _shared: tuple[Mapping[str, Piece], Target] | None = None  # what forked process
 
 
 def emit_all(
-    templates: Mapping[str, Piece], target: Target, folder: Path, jobs: int, progress: Callable[[int], None]
-) -> dict[str, Artifact]:
-    """The artifact of each template, with its program below `folder`; `progress` gets how many are done.
+    templates: Mapping[str, Piece], target: Target, folder: Path, jobs: int, done: Callable[[str, Artifact], None]
+) -> None:
+    """Lower each template; `done` gets its name and its artifact, whose program lies below `folder`, when it is made.
 
     Most of the work is Python of the target's SDK, which threads would do one after the other. Processes are forked,
     which spares them the SDK's imports; where forking is unsafe (macOS) everything is done here.
     """
     global _shared
-    artifacts: dict[str, Artifact] = {}
+    if not templates:
+        return
     # The smallest first, here, because the first fills the SDK's caches for all; then the largest first.
     smallest, *others = sorted(templates, key=lambda template: len(templates[template].nodes))
     order = [smallest, *reversed(others)]
-    progress(0)
     here = order if jobs == 1 or sys.platform != "linux" else order[:1]
     for template in here:
-        artifacts[template] = _emit(templates[template], target, folder / template)
-        progress(len(artifacts))
+        done(template, _emit(templates[template], target, folder))
     rest = order[len(here) :]
     if rest:
         _shared = templates, target
         context = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(min(jobs, len(rest)), context, initializer=_start_child) as pool:
             try:
-                futures = {pool.submit(_emit_shared, template, folder / template): template for template in rest}
+                futures = {pool.submit(_emit_shared, template, folder): template for template in rest}
                 for future in as_completed(futures):
-                    artifacts[futures[future]] = future.result()
-                    progress(len(artifacts))
+                    done(futures[future], future.result())
             except BaseException:
                 pool.shutdown(wait=True, cancel_futures=True)
                 raise
             finally:
                 _shared = None
-    return {template: artifacts[template] for template in templates}
 
 
 def _emit(piece: Piece, target: Target, folder: Path) -> Artifact:
-    folder.mkdir()
-    return target.emit(piece, folder)
+    return target.emit(piece, Path(tempfile.mkdtemp(dir=folder)))
 
 
 def _emit_shared(template: str, folder: Path) -> Artifact:

@@ -50,6 +50,9 @@ class FoldedSource:
             tensor: Tensor = fx.Interpreter(fx.GraphModule(nn.Module(), self._graph)).run(*arguments)
         return tensor.contiguous()
 
+    def identity(self, key: str) -> str:
+        return " ".join([f"folded {self.key}", *(ref.identity for ref in self._weights.values())])
+
 
 def _ancestors(node: fx.Node) -> set[fx.Node]:
     found = {node}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -24,14 +26,25 @@ def to_int8(weight: Tensor) -> Tensor:
     return steps.round().clamp(-MAX_VALUE, MAX_VALUE).to(torch.int8)
 
 
-def sqnr_db(weight: Tensor) -> float:
-    """Signal to quantization noise of a weight in decibels: 10 log10(sum w^2 / sum (w - int8 x scale)^2)."""
-    restored = to_int8(weight).float() * _broadcast(channel_scales(weight), weight)
-    signal = weight.double().square().sum()
-    noise = (weight.double() - restored.double()).square().sum()
-    if noise <= signal * 10 ** (-_MAX_SQNR_DB / 10):
-        return _MAX_SQNR_DB
-    return float(10 * torch.log10(signal / noise))
+class Loss:
+    """Signal and noise of a tensor's quantization, gathered part by part: sum w^2 and sum (w - int8 x scale)^2."""
+
+    def __init__(self) -> None:
+        self.signal = 0.0
+        self.noise = 0.0
+
+    def add(self, weight: Tensor, values: Tensor) -> None:
+        """Count some output channels and the int8 values that they became."""
+        restored = values.float() * _broadcast(channel_scales(weight), weight)
+        self.signal += float(weight.float().square().sum(dtype=torch.float64))
+        self.noise += float((weight.float() - restored).square().sum(dtype=torch.float64))
+
+    @property
+    def sqnr_db(self) -> float:
+        """Signal to quantization noise in decibels: 10 log10(signal / noise)."""
+        if self.noise <= self.signal * 10 ** (-_MAX_SQNR_DB / 10):
+            return _MAX_SQNR_DB
+        return 10 * math.log10(self.signal / self.noise)
 
 
 def _broadcast(scales: Tensor, weight: Tensor) -> Tensor:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from movdc.compiler.int8 import sqnr_db
-from movdc.compiler.program import Program
-from movdc.compiler.weights import INT8, WeightRef
+from collections.abc import Mapping
+
+from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import LayerError
 
 
-def layer_errors(program: Program) -> tuple[LayerError, ...]:
-    """What each int8 tensor of the program loses, the worst first; reads them one at a time, and each once."""
-    quantized: dict[tuple[str, str], WeightRef] = {}  # variants of a stage share tensors
-    for stage, _, graph in program.graphs():
-        for ref in graph.weights.values():
-            if ref.transforms and ref.transforms[-1] == INT8:
-                quantized[stage, str(ref)] = ref
-    errors = [
-        LayerError(stage=stage, key=ref.key, sqnr_db=round(sqnr_db(ref.without_last().read()), 2))
-        for (stage, _), ref in quantized.items()
-    ]
-    return tuple(sorted(errors, key=lambda error: (error.sqnr_db, error.stage, error.key)))
+class LayerErrors:
+    """Gathers what each int8 tensor of a program loses, as its weights are written."""
+
+    def __init__(self) -> None:
+        self._errors: dict[tuple[str, str], LayerError] = {}  # variants of a stage share tensors
+
+    def add(self, stage: str, refs: Mapping[str, WeightRef], sqnr_db: Mapping[str, float]) -> None:
+        """Add the tensors of one partition, by the names of its weights."""
+        for name, figure in sqnr_db.items():
+            ref = refs[name]
+            self._errors[stage, str(ref)] = LayerError(stage=stage, key=ref.key, sqnr_db=round(figure, 2))
+
+    def worst_first(self) -> tuple[LayerError, ...]:
+        """All of them, in an order that does not depend on that of writing."""
+        return tuple(sorted(self._errors.values(), key=lambda error: (error.sqnr_db, error.stage, error.key)))

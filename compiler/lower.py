@@ -2,25 +2,49 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from pydantic import TypeAdapter
 
 from movdc.compiler.bundle_writer import BundleWriter
+from movdc.compiler.cache import CompileCache, Entry, key_of
 from movdc.compiler.emit import emit_all
+from movdc.compiler.errors import MovdcError
+from movdc.compiler.layer_errors import LayerErrors
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Program
 from movdc.compiler.residency import Chain, variant_of
-from movdc.compiler.target import Artifact, Memory, Target
-from movdc.runtime.bundle import Partition, Stage
+from movdc.compiler.target import Artifact, Memory, Slot, Target
+from movdc.compiler.weights import WeightRef
+from movdc.runtime.bundle import Constant, LayerError, Partition, Stage
 
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
 
 
+@dataclass(frozen=True)
+class Lowered:
+    """What the manifest says of the programs and weights that are in the bundle now."""
+
+    stages: tuple[Stage, ...]
+    partitions: tuple[Partition, ...]
+    quantization: tuple[LayerError, ...]
+
+
+@dataclass(frozen=True)
+class _Program:
+    """A template's program in the bundle, as the cache notes it."""
+
+    path: str
+    slots: tuple[Slot, ...]
+    memory: Memory
+
+
 def lower(
-    program: Program, target: Target, writer: BundleWriter, progress: Progress, jobs: int = 1
-) -> tuple[tuple[Stage, ...], tuple[Partition, ...]]:
-    """Lower each template once, in `jobs` processes, and write the weights of every partition.
+    program: Program, target: Target, writer: BundleWriter, cache: CompileCache, progress: Progress, jobs: int = 1
+) -> Lowered:
+    """Lower each template once, in `jobs` processes, and write the weights of every partition, unless they are cached.
 
     Raises BudgetError if no level of residency fits the budget.
     """
@@ -32,55 +56,102 @@ def lower(
         template_of[key] = list(graph.templates) or [_name(*key, index) for index in range(len(pieces[key]))]
         for template, piece in zip(template_of[key], pieces[key], strict=True):
             templates.setdefault(template, piece)
-    with tempfile.TemporaryDirectory(dir=writer.root) as folder:
-        artifacts = emit_all(
-            templates, target, Path(folder), jobs, lambda done: progress("lower", done, len(templates))
-        )
-        programs = {template: writer.add_program(artifact.program) for template, artifact in artifacts.items()}
-        total = sum(len(some) for some in pieces.values())
-        made: list[Partition] = []
-        stages = []
-        for stage in program.stages:
-            variants = {}
-            for variant, graph in stage.variants.items():
-                first = len(made)
-                for index, piece in enumerate(pieces[stage.name, variant]):
-                    template = template_of[stage.name, variant][index]
-                    weights = _write_weights(piece, artifacts[template], target, writer, Path(folder))
-                    made.append(
-                        _partition(
-                            _name(stage.name, variant, index),
-                            piece,
-                            programs[template],
-                            weights,
-                            artifacts[template].memory,
-                        )
-                    )
-                    progress("weights", len(made), total)
-                chain = Chain.of(made[first:], graph.inputs, program.machine.slab_bytes)
-                variants[variant] = variant_of(
-                    chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
-                )
-            stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
-    return tuple(stages), tuple(made)
+    programs = _programs(templates, target, writer, cache, progress, jobs)
+    total = sum(len(some) for some in pieces.values())
+    made: list[Partition] = []
+    stages = []
+    errors = LayerErrors()
+    for stage in program.stages:
+        variants = {}
+        for variant, graph in stage.variants.items():
+            first = len(made)
+            for index, piece in enumerate(pieces[stage.name, variant]):
+                own = programs[template_of[stage.name, variant][index]]
+                weights = _weights(piece, own.slots, target, writer, cache, partial(errors.add, stage.name))
+                made.append(_partition(_name(stage.name, variant, index), piece, own.path, weights, own.memory))
+                progress("weights", len(made), total)
+            chain = Chain.of(made[first:], graph.inputs, program.machine.slab_bytes)
+            variants[variant] = variant_of(
+                chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
+            )
+        stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
+    return Lowered(tuple(stages), tuple(made), errors.worst_first())
 
 
 def _name(stage: str, variant: str, index: int) -> str:
     return f"{stage}.{variant}.{index}"
 
 
-def _write_weights(
-    piece: Piece, artifact: Artifact, target: Target, writer: BundleWriter, folder: Path
+def _programs(
+    templates: Mapping[str, Piece],
+    target: Target,
+    writer: BundleWriter,
+    cache: CompileCache,
+    progress: Progress,
+    jobs: int,
+) -> dict[str, _Program]:
+    """The program of each template, in the bundle; one that is made goes to the cache at once."""
+    keys = {template: key_of("program", target.identity, piece.text()) for template, piece in templates.items()}
+    programs: dict[str, _Program] = {}
+
+    def add(template: str, entry: Entry) -> None:
+        note = entry.note | {"path": writer.add_program(entry, target.program_suffix)}
+        programs[template] = TypeAdapter(_Program).validate_python(note)
+        progress("lower", len(programs), len(templates))
+
+    def done(template: str, artifact: Artifact) -> None:
+        note = {"slots": [asdict(slot) for slot in artifact.slots], "memory": asdict(artifact.memory)}
+        add(template, cache.put(keys[template], artifact.program, artifact.sha256, note))
+
+    progress("lower", 0, len(templates))
+    for template, key in keys.items():
+        if entry := cache.get(key):
+            add(template, entry)
+    missing = {template: piece for template, piece in templates.items() if template not in programs}
+    emit_all(missing, target, cache.work, jobs, done)
+    return programs
+
+
+def _weights(
+    piece: Piece,
+    slots: tuple[Slot, ...],
+    target: Target,
+    writer: BundleWriter,
+    cache: CompileCache,
+    note_errors: Callable[[Mapping[str, WeightRef], Mapping[str, float]], None],
 ) -> tuple[str, ...]:
     """A file for each group of the piece's weights, so that variants share those of the checkpoint."""
-    refs = {weight.name: weight.ref for weight in piece.weights}
     paths = []
     for group in dict.fromkeys(weight.group for weight in piece.weights):
-        names = {weight.name for weight in piece.weights if weight.group == group}
-        path = folder / f"{group}{target.weights_suffix}"
-        if slots := [slot for slot in artifact.slots if slot.weight in names]:
-            paths.append(writer.add_weights(path, target.write_weights(slots, refs, path)))
+        refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
+        if own := [slot for slot in slots if slot.weight in refs]:
+            entry = _weights_file(own, refs, target, cache)
+            note_errors(refs, entry.note["sqnr_db"])
+            constants = TypeAdapter(tuple[Constant, ...]).validate_python(entry.note["constants"])
+            paths.append(writer.add_weights(entry, target.weights_suffix, constants))
     return tuple(paths)
+
+
+def _weights_file(slots: list[Slot], refs: Mapping[str, WeightRef], target: Target, cache: CompileCache) -> Entry:
+    """The file with the data of the slots, from the cache or made now."""
+
+    def key() -> str:
+        wanted = [f"{slot} = {refs[slot.weight].identity}" for slot in slots]
+        return key_of("weights", target.identity, *wanted)
+
+    before = key()
+    if entry := cache.get(before):
+        return entry
+    path = cache.work / "weights"
+    written = target.write_weights(slots, refs, path)
+    if key() != before:
+        changed = sorted({ref.source.label for ref in refs.values()})
+        raise MovdcError(f"the checkpoint {', '.join(changed)} changed while it was read; compile again")
+    note = {
+        "constants": [constant.model_dump() for constant in written.constants],
+        "sqnr_db": dict(written.sqnr_db),
+    }
+    return cache.put(before, path, written.sha256, note)
 
 
 def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], memory: Memory) -> Partition:

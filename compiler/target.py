@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import math
+import platform
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor, fx
 
+from movdc.compiler.identity import code_identity
+from movdc.compiler.int8 import Loss
 from movdc.compiler.pieces import Piece
 from movdc.compiler.weights import WeightRef
-from movdc.runtime.bundle import Constant, DType
+from movdc.runtime.bundle import ITEM_BYTES, Constant, DType
 
 
 @dataclass(frozen=True)
@@ -25,10 +30,17 @@ class Slot:
     dtype: DType | None  # None where the target asks for bytes
     shape: tuple[int, ...]
 
-    def fill(self, ref: WeightRef) -> Tensor:
-        """The weight's data, as the program wants it."""
-        data = ref.read()
-        return data if self.layout == "plain" else data.permute(0, 2, 3, 1).contiguous()
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its data."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype or "u8"]
+
+    def parts(self, ref: WeightRef, loss: Loss | None) -> Iterator[Tensor]:
+        """The weight's data, as the program wants it; `loss` gets what int8 loses."""
+        if self.layout == "plain":
+            yield from ref.parts(loss)
+        else:
+            yield torch.cat(list(ref.parts(loss))).permute(0, 2, 3, 1).contiguous()
 
 
 @dataclass(frozen=True)
@@ -46,8 +58,18 @@ class Artifact:
     """A lowered template: one program for all partitions of the same text."""
 
     program: Path
+    sha256: str  # of the program
     slots: tuple[Slot, ...]
     memory: Memory
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file of weights: where each constant lies in it, in the order of the keys, and what was noticed on the way."""
+
+    constants: tuple[Constant, ...]
+    sha256: str
+    sqnr_db: Mapping[str, float]  # of each weight that became int8
 
 
 @dataclass(frozen=True)
@@ -55,10 +77,18 @@ class Target(ABC):
     """An emitter; subclasses import their SDK inside the methods, so that listing targets needs none."""
 
     name: ClassVar[str]
+    program_suffix: ClassVar[str]
     weights_suffix: ClassVar[str]
     load_copies: ClassVar[float]  # bytes held while weights are loaded for the first time, per byte of weights
     value_copies: ClassVar[float]  # bytes that a running program takes, per byte of the values within it
     node_bytes: ClassVar[int]  # that a loaded program takes for each of its nodes
+
+    @property
+    def identity(self) -> str:
+        """What programs and weights depend on beside the piece: our code, the engine that measures, and the SDK."""
+        compiler = (f"movdc.compiler.{name}" for name in ("pieces", "weights", "int8", "folded", "target"))
+        code = code_identity("movdc.targets", "movdc.runtime", *compiler)
+        return f"{self.name} {code} {sorted(self.versions().items())} {platform.machine()}"
 
     @abstractmethod
     def refuse(self, node: fx.Node) -> str | None:
@@ -69,5 +99,9 @@ class Target(ABC):
         """Lower a piece with stand-ins for its weights; reads no weight."""
 
     @abstractmethod
-    def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> tuple[Constant, ...]:
-        """Write the weights of one piece (by name) under the keys of its program, and say where each lies."""
+    def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
+        """Write the weights of one piece (by name) under the keys of its program, a part of a tensor at a time."""
+
+    @abstractmethod
+    def versions(self) -> dict[str, str]:
+        """The SDK's packages with their versions: with another one, programs and weights are made anew."""

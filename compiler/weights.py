@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.int8 import channel_scales, to_int8
+from movdc.compiler.int8 import Loss, channel_scales, to_int8
 
 
 class Source(Protocol):
@@ -29,7 +29,10 @@ class Source(Protocol):
         """Every tensor's shape and dtype, without its data."""
 
     def read(self, key: str) -> Tensor:
-        """One tensor's data."""
+        """One tensor's data, mapped rather than copied where that is possible."""
+
+    def identity(self, key: str) -> str:
+        """What tells one content of a tensor from another without reading it: equal identities have equal data."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,7 @@ class Transform:
 
 INT8 = Transform("int8")
 INT8_SCALE = Transform("int8-scale")
+PART_BYTES = 4 << 20  # of a tensor that is transformed at a time: what the caches of a core hold
 
 
 @dataclass(frozen=True)
@@ -72,16 +76,30 @@ class WeightRef:
         """The same tensor with more transforms after those it has."""
         return replace(self, transforms=self.transforms + transforms)
 
-    def without_last(self) -> WeightRef:
-        """The same tensor without its last transform."""
-        return replace(self, transforms=self.transforms[:-1])
+    @property
+    def identity(self) -> str:
+        """What tells its data from any other's, transforms included."""
+        return " ".join([self.source.identity(self.key), *map(str, self.transforms)])
+
+    def parts(self, loss: Loss | None = None) -> Iterator[Tensor]:
+        """The data in its order, contiguous, in fp32 where it is floating point; `loss` gets what int8 loses.
+
+        A large tensor comes as several parts, so that no more of it is held than is being worked on.
+        """
+        tensor, rest = self.source.read(self.key), self.transforms
+        while not set(rest) <= {INT8, INT8_SCALE}:  # these two work on each row by itself
+            tensor, rest = rest[0].apply(tensor), rest[1:]
+        for part in torch.split(tensor, _rows(tensor)) if tensor.dim() else (tensor,):
+            for transform in rest:
+                before, part = part, transform.apply(part)
+                if loss is not None and transform == INT8:
+                    loss.add(before, part)
+            yield (part.float() if part.is_floating_point() else part).contiguous()
 
     def read(self) -> Tensor:
-        """The data, contiguous, in fp32 where it is floating point."""
-        tensor = self.source.read(self.key)
-        for transform in self.transforms:
-            tensor = transform.apply(tensor)
-        return (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
+        """The whole of the data at once."""
+        parts = list(self.parts())
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def __str__(self) -> str:
         return " ".join([f"{self.source.label}:{self.key}", *map(str, self.transforms)])
@@ -102,6 +120,9 @@ class Zeros:
 
     def read(self, key: str) -> Tensor:
         return torch.zeros(int(key), dtype=torch.int32)
+
+    def identity(self, key: str) -> str:
+        return f"zeros {key}"
 
 
 class SafetensorsSource:
@@ -130,6 +151,9 @@ class SafetensorsSource:
             tensor: Tensor = tensors.get_tensor(key)
             return tensor
 
+    def identity(self, key: str) -> str:
+        return f"{file_identity(self._files[key])} {key}"
+
 
 class PickleSource:
     """The sharded pytorch_model-*.bin files of a checkpoint folder, always loaded with weights_only=True."""
@@ -137,21 +161,27 @@ class PickleSource:
     def __init__(self, folder: Path, index: Path) -> None:
         self.label = folder.name
         self._tensors: dict[str, Tensor] = {}
+        self._files: dict[str, Path] = {}
         for name in sorted(set(json.loads(index.read_text())["weight_map"].values())):
             try:
                 # mmap: a tensor's bytes are read when it is used, not here.
-                self._tensors |= torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+                found = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
             except Exception as error:  # noqa: BLE001  # torch.load raises a dozen unrelated types on bad files
                 reason = str(error).splitlines()[0]
                 raise MovdcError(
                     f"{folder / name}: cannot be loaded as weights only ({reason}); fetch it again"
                 ) from None
+            self._tensors |= found
+            self._files |= dict.fromkeys(found, folder / name)
 
     def refs(self) -> Mapping[str, WeightRef]:
         return {key: WeightRef(self, key, tuple(t.shape), t.dtype) for key, t in self._tensors.items()}
 
     def read(self, key: str) -> Tensor:
         return self._tensors[key]
+
+    def identity(self, key: str) -> str:
+        return f"{file_identity(self._files[key])} {key}"
 
 
 class RandomSource:
@@ -173,6 +203,9 @@ class RandomSource:
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         return torch.randn(shape, generator=generator) / math.sqrt(math.prod(shape[1:]))
 
+    def identity(self, key: str) -> str:
+        return f"{self.label} {key} {list(self._refs[key].shape)}"
+
 
 def open_checkpoint(folder: Path) -> Source:
     """The weights of a folder in a published layout; raises MovdcError that names the files wanted."""
@@ -182,6 +215,19 @@ def open_checkpoint(folder: Path) -> Source:
     if index.is_file():
         return PickleSource(folder, index)
     raise MovdcError(f"{folder}: holds no weights; expected *.safetensors or {index.name} with its shards")
+
+
+def file_identity(path: Path) -> str:
+    """Path, size, time of change and inode: a file that keeps these keeps its content, so that no compile hashes it."""
+    real = path.resolve()
+    status = real.stat()
+    return f"{real} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
+
+
+def _rows(tensor: Tensor) -> int:
+    """How many rows of a tensor make a part."""
+    row_bytes = tensor[:1].numel() * max(tensor.element_size(), 4)
+    return max(1, PART_BYTES // max(row_bytes, 1))
 
 
 _SAFETENSORS_DTYPES = {

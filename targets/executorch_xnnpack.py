@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import mmap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from movdc.compiler.hashed_file import HashedFile
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import value_of
-from movdc.compiler.target import Artifact, Slot, Target
+from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import WeightRef
-from movdc.runtime.bundle import Constant
 from movdc.targets.footprint import measure
 from movdc.targets.ptd import constants_of, recognise, write_ptd
 
@@ -28,6 +30,7 @@ class ExecutorchXnnpack(Target):
     """A small .pte program and a .ptd file with all its weights, which stock ExecuTorch runs too."""
 
     name: ClassVar[str] = "executorch-xnnpack"
+    program_suffix: ClassVar[str] = ".pte"
     weights_suffix: ClassVar[str] = ".ptd"
     load_copies: ClassVar[float] = 2.1  # XNNPACK packs the mapped weights into its own, slightly larger copy
     value_copies: ClassVar[float] = 2.5  # in XNNPACK's workspace, or between delegates in what ExecuTorch plans
@@ -67,20 +70,26 @@ class ExecutorchXnnpack(Target):
                 )
             )
         path = directory / "program.pte"
-        path.write_bytes(program.buffer)
+        with HashedFile(path) as written:
+            written.write(program.buffer)
         program.write_tensor_data_to_file(str(directory))
+        del exported, edge, program  # each may hold the stand-ins, which are as large as the weights
+        inputs, outputs = ([piece.tensor(node) for node in nodes] for nodes in (piece.inputs, piece.outputs))
         stand_ins = directory / f"{_TAG}.ptd"
-        data = stand_ins.read_bytes() if stand_ins.exists() else None
-        slots = recognise(piece, data) if data else ()
-        memory = measure(
-            path,
-            stand_ins if data else None,
-            constants_of(data) if data else (),
-            [piece.tensor(node) for node in piece.inputs],
-            [piece.tensor(node) for node in piece.outputs],
-        )
-        return Artifact(path, slots, memory)
+        if not stand_ins.exists():
+            return Artifact(path, written.sha256, (), measure(path, None, (), inputs, outputs))
+        with stand_ins.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+            data = memoryview(mapped)
+            slots, constants = recognise(piece, data), constants_of(data)
+            data.release()
+        memory = measure(path, stand_ins, constants, inputs, outputs)
+        stand_ins.unlink()
+        return Artifact(path, written.sha256, slots, memory)
 
-    def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> tuple[Constant, ...]:
+    def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write a .ptd file."""
         return write_ptd(slots, refs, path)
+
+    def versions(self) -> dict[str, str]:
+        """ExecuTorch's, which brings XNNPACK, and torch's, which exports."""
+        return {"torch": version("torch"), "executorch": version("executorch")}

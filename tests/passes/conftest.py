@@ -39,6 +39,9 @@ class ModuleSource:
     def read(self, key: str) -> Tensor:
         return self._tensors[key]
 
+    def identity(self, key: str) -> str:
+        return f"{id(self)} {key}"
+
 
 @pytest.fixture(scope="session")
 def graph_of() -> Callable[..., Graph]:

@@ -4,7 +4,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from movdc.compiler.int8 import Loss
+from movdc.compiler.layer_errors import LayerErrors
+from movdc.compiler.program import Program
+from movdc.compiler.weights import INT8
 from movdc.passes.quantize_int8 import QuantizeInt8
+from movdc.runtime.bundle import LayerError
 
 GENERATOR = torch.Generator().manual_seed(0)
 MIN_COSINE = 0.999
@@ -37,3 +42,15 @@ def relative_error(a: Tensor, b: Tensor) -> float:
 
 def cosine(a: Tensor, b: Tensor) -> float:
     return float(F.cosine_similarity(a.flatten().double(), b.flatten().double(), dim=0))
+
+
+def errors_of(program: Program) -> tuple[LayerError, ...]:
+    """The report of a program, from reading each of its int8 weights as a target does."""
+    errors = LayerErrors()
+    for stage, _, graph in program.graphs():
+        for name, ref in graph.weights.items():
+            if INT8 in ref.transforms:
+                loss = Loss()
+                assert sum(part.shape[0] for part in ref.parts(loss)) == ref.shape[0]
+                errors.add(stage, graph.weights, {name: loss.sqnr_db})
+    return errors.worst_first()

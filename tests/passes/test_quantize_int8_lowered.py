@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized import GENERATOR, MAX_RELATIVE_ERROR, MIN_COSINE, GatedFeedForward, cosine, relative_error, tokens
+from quantized import GENERATOR, MAX_RELATIVE_ERROR, MIN_COSINE, GatedFeedForward, cosine, errors_of, relative_error, tokens
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from movdc.compiler.layer_errors import layer_errors
 from movdc.compiler.pieces import split
 from movdc.compiler.program import Graph, Program
 from movdc.passes.canonicalize import Canonicalize
@@ -35,7 +34,7 @@ def test_numbers_of_the_example_text_encoder(example_program: Program, run_graph
     # The linears alone take 0.257 of their bytes; the table of embeddings is 9 % of this small encoder (3 % of T5-XXL).
     full, stored = (sum(ref.read().nbytes for ref in graph.weights.values()) for graph in (plain, quantized))
     assert stored <= 0.34 * full
-    errors = layer_errors(result.program)
+    errors = errors_of(result.program)
     assert len(errors) == 14
     assert min(error.sqnr_db for error in errors) > 40
 
@@ -68,7 +67,7 @@ def lowered(tmp_path: Path) -> Callable[[Graph], Lowered]:
         (piece,) = split(graph)
         artifact = target.emit(piece, tmp_path)
         refs = {weight.name: weight.ref for weight in piece.weights}
-        constants = target.write_weights(artifact.slots, refs, tmp_path / "own.ptd")
+        constants = target.write_weights(artifact.slots, refs, tmp_path / "own.ptd").constants
         module = _load_for_executorch(str(artifact.program), str(tmp_path / "own.ptd"))
         size = sum(constant.size_bytes for constant in constants)
         return lambda *inputs: module.forward(inputs)[0].clone(), artifact.program.read_bytes(), size

@@ -17,6 +17,7 @@ from executorch.extension.pybindings.portable_lib import _load_for_executorch_fr
 from torch import Tensor
 
 from movdc.compiler.bundle_writer import BundleWriter
+from movdc.compiler.cache import open_cache
 from movdc.compiler.lower import lower
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Program
@@ -95,7 +96,8 @@ def test_24_blocks_lower_once_and_run_as_their_own_programs(
     program = _compiled(24, program_of)
     writer = BundleWriter(tmp_path)
     target = Counting()
-    _, partitions = lower(program, target, writer, lambda what, done, total: None)
+    with open_cache(tmp_path / "cache") as cache:
+        partitions = lower(program, target, writer, cache, lambda what, done, total: None).partitions
     assert len(partitions) == 25  # 24 blocks and the last norm
     assert len(target.lowered) == 3  # the first block has the embedding, the last partition the norm
     blocks = partitions[1:24]

@@ -1,0 +1,51 @@
+"""What folders that several processes write need: locks that go with the process, and contents that reach the disk."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_FICLONE = 0x40049409  # Linux: a copy that shares its blocks until one of the two is changed
+
+
+@contextmanager
+def directory(path: Path) -> Iterator[int]:
+    """A descriptor of a folder, to lock it by."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        yield descriptor
+    finally:
+        os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Whether the lock could be had; it is held until the descriptor is closed."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def sync(path: Path) -> None:
+    """Bring a file's or a folder's content to the disk."""
+    with directory(path) as descriptor:
+        os.fsync(descriptor)
+
+
+def place(source: Path, destination: Path) -> None:
+    """Make `destination` a file of the same content, without writing it again where the file system lets us."""
+    try:
+        with source.open("rb") as old, destination.open("xb") as new:
+            fcntl.ioctl(new.fileno(), _FICLONE, old.fileno())
+        return
+    except OSError:
+        destination.unlink(missing_ok=True)
+    try:
+        os.link(source, destination)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, destination)
