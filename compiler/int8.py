@@ -16,7 +16,8 @@ def channel_scales(weight: Tensor) -> Tensor:
 
     A channel of zeros gets the smallest normal number: targets divide by scales, and refuse zeros and subnormals.
     """
-    largest = weight.float().flatten(1).abs().amax(1)
+    rows = weight.float().flatten(1)
+    largest = torch.maximum(rows.amax(1), -rows.amin(1))  # and not of abs(), which would copy the whole weight
     return (largest / MAX_VALUE).clamp(min=torch.finfo(torch.float32).tiny)
 
 

@@ -27,6 +27,7 @@ class ModelSpec(_Section):
 
     weights: str
     config: dict[str, Any] | None = None
+    revision: str | None = None  # of a hub id: a commit, a tag or a branch; None is the newest
 
 
 class TextEncoderSpec(ModelSpec):

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from movdc.compiler.checkpoints import bind, check_tensors, config_of, folder_of, source_of
 from movdc.compiler.device import Machine
 from movdc.compiler.family import Family
 from movdc.compiler.program import Graph, Program, Stage, TokenLayout
-from movdc.compiler.spec import ModelSpec, SpecFile, VideoSpec
+from movdc.compiler.spec import SpecFile, VideoSpec
 from movdc.compiler.trace import trace
-from movdc.compiler.weights import RandomSource, Source, WeightRef, open_checkpoint
 from movdc.models.opensora_vae import OpenSoraVAEConfig, SpatialDecode, TemporalDecode, decode_chunks, latent_frames
 from movdc.models.stdit3 import STDiT3, STDiT3Config
 from movdc.runtime.bundle import Chunk, Decode, Prompt, Sampler, TensorSpec
 
+Config = TypeVar("Config")
 LATENT_CHANNELS = 4
 PIXELS_PER_LATENT = 8
 BASE_PIXELS = 512 * 512  # the resolution at which the timestep shift is 1
 TOKENIZER = "tokenizer/tokenizer.json"
+_TIED = {"encoder.embed_tokens.weight": "shared.weight"}  # tensors that may be stored under the other name only
+# What published files hold and no stage needs: the rest of a whole T5, and the encoders of both autoencoders.
+_UNREAD = {
+    "text_encoder": ("decoder.*", "lm_head.*"),
+    "denoiser": (),
+    "vae": ("*encoder*", "*.quant_conv.*"),
+}
 
 
 class TextEncoder(nn.Module):
@@ -86,15 +92,16 @@ class OpenSora(Family):
             spec.video.height // PIXELS_PER_LATENT,
             spec.video.width // PIXELS_PER_LATENT,
         )
-        text_config = T5Config(**_config(spec_file, "text_encoder"))
-        text_stage = _text_stage(spec_file, text_config)
+        text_config = _sized(spec_file, "text_encoder", lambda config: T5Config(**config))
+        denoiser_config = _sized(spec_file, "denoiser", STDiT3Config.from_dict)
+        _check_tensors(spec_file, text_config, denoiser_config, vae_config)
         tokenizer_json, pad_id = _tokenizer(spec_file)
         return Program(
             spec=spec,
             machine=machine,
             stages=(
-                text_stage,
-                _denoiser_stage(spec_file, latent, text_config.d_model),
+                _text_stage(spec_file, text_config),
+                _denoiser_stage(spec_file, denoiser_config, latent, text_config.d_model),
                 *_vae_stages(spec_file, vae_config, chunks, latent, micro_batch_frames),
             ),
             sampler=Sampler(
@@ -145,9 +152,8 @@ def _text_stage(spec_file: SpecFile, config: T5Config) -> Stage:
     return Stage("text_encoder", "once", {"plain": graph})
 
 
-def _denoiser_stage(spec_file: SpecFile, latent: tuple[int, ...], text_channels: int) -> Stage:
+def _denoiser_stage(spec_file: SpecFile, config: STDiT3Config, latent: tuple[int, ...], text_channels: int) -> Stage:
     spec = spec_file.spec
-    config = STDiT3Config.from_dict(_config(spec_file, "denoiser"))
     tokens = spec.text_encoder.max_tokens
     if config.caption_channels != text_channels:
         raise spec_file.error(
@@ -206,6 +212,23 @@ def _chunk_name(frames: int) -> str:
     return f"frames{frames}"
 
 
+def _shapes(module: nn.Module, prefix: str) -> dict[str, tuple[int, ...]]:
+    """The tensors of a module on the meta device, under their published names."""
+    return {key.removeprefix(prefix): tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+
+
+def _check_tensors(spec_file: SpecFile, text: T5Config, denoiser: STDiT3Config, vae: OpenSoraVAEConfig) -> None:
+    """All three checkpoints have the tensors of their models: told within seconds, before the first trace."""
+    with torch.device("meta"):
+        shapes = {
+            "text_encoder": _shapes(TextEncoder(text), "t5."),
+            "denoiser": _shapes(Denoiser(denoiser, spec_file.spec.video), "stdit."),
+            "vae": _shapes(TemporalDecode(vae, 1), "") | _shapes(SpatialDecode(vae), ""),
+        }
+    for section, wanted in shapes.items():
+        check_tensors(spec_file, section, wanted, _UNREAD[section], _TIED)
+
+
 def _trace(
     spec_file: SpecFile,
     section: str,
@@ -215,90 +238,28 @@ def _trace(
     output: str,
 ) -> Graph:
     with torch.device("meta"):
-        wanted = {key: tuple(tensor.shape) for key, tensor in build().state_dict().items()}
-    source = _source(spec_file, section, {key.removeprefix(prefix): shape for key, shape in wanted.items()})
-    return trace(build, inputs, (output,), _bind(spec_file, section, prefix, wanted, source.refs()))
+        wanted = _shapes(build(), prefix)
+    bound = bind(spec_file, section, wanted, source_of(spec_file, section, wanted).refs(), _TIED)
+    return trace(build, inputs, (output,), {prefix + key: ref for key, ref in bound.items()})
 
 
-# Published names that differ from the module's: tied copies that are not stored, and a table that can be recomputed.
-_TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-
-
-def _bind(
-    spec_file: SpecFile,
-    section: str,
-    prefix: str,
-    wanted: Mapping[str, tuple[int, ...]],
-    refs: Mapping[str, WeightRef],
-) -> dict[str, WeightRef]:
-    """Each wanted state_dict key with its reference; a missing or misshapen tensor is an error."""
-    bound = {}
-    for name, shape in wanted.items():
-        key = name.removeprefix(prefix)
-        key = key if key in refs else _TIED.get(key, key)
-        if key not in refs:
-            raise spec_file.error(f"{section}.weights", f"tensor {key} is missing from the checkpoint; fetch it again")
-        if refs[key].shape != shape:
-            raise spec_file.error(
-                f"{section}.weights",
-                f"tensor {key} has shape {list(refs[key].shape)}, the config asks for {list(shape)}",
-            )
-        bound[name] = refs[key]
-    return bound
-
-
-def _source(spec_file: SpecFile, section: str, shapes: Mapping[str, tuple[int, ...]]) -> Source:
-    model: ModelSpec = getattr(spec_file.spec, section)
-    if model.weights.startswith("random:"):
-        seed = model.weights.removeprefix("random:")
-        if not seed.isdigit():
-            raise spec_file.error(f"{section}.weights", f"{model.weights!r}: write random:SEED with a whole number")
-        return RandomSource(int(seed), shapes)
-    return open_checkpoint(_folder(spec_file, section))
-
-
-def _folder(spec_file: SpecFile, section: str) -> Path:
-    """The checkpoint's folder: relative to the YAML, or fetched from the hub."""
-    weights: str = getattr(spec_file.spec, section).weights
-    folder = spec_file.path.parent / weights
-    if folder.is_dir():
-        return folder
-    wanted = "config.json and *.safetensors, or pytorch_model.bin.index.json with its shards"
-    if weights.count("/") != 1 or weights.startswith((".", "/")):
-        raise spec_file.error(f"{section}.weights", f"no folder {folder}; give one that holds {wanted}")
+def _sized(spec_file: SpecFile, section: str, parse: Callable[[dict[str, Any]], Config]) -> Config:
+    """The sizes of a model; a config that its model does not understand is an error."""
+    config = config_of(spec_file, section)
     try:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(weights, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.model"]))
-    except Exception as error:  # noqa: BLE001  # the hub client raises its transport's errors too
-        raise spec_file.error(
-            f"{section}.weights",
-            f"no folder {folder}, and the hub did not give {weights!r} ({type(error).__name__}); fetch its {wanted} "
-            "on a machine that can, and write that folder's path here",
-        ) from None
-
-
-def _config(spec_file: SpecFile, section: str) -> dict[str, Any]:
-    model: ModelSpec = getattr(spec_file.spec, section)
-    if model.config is not None:
-        return model.config
-    if model.weights.startswith("random:"):
-        raise spec_file.error(
-            f"{section}.config", "random weights need the model's sizes; write them as an inline config"
-        )
-    path = _folder(spec_file, section) / "config.json"
-    try:
-        config: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise spec_file.error(f"{section}.weights", f"{path} cannot be read ({error}); fetch it again") from None
-    return config
+        return parse(config)
+    except (ValueError, TypeError, KeyError, OSError) as error:
+        key = f"{section}.weights" if getattr(spec_file.spec, section).config is None else f"{section}.config"
+        raise spec_file.error(key, f"the config cannot be used: {error}; take it from the published release") from None
 
 
 def _vae_config(spec_file: SpecFile) -> OpenSoraVAEConfig:
-    config = _config(spec_file, "vae")
-    if spec_file.spec.vae.config is not None:
-        return OpenSoraVAEConfig.from_dict(config, config.get("spatial"))
-    return OpenSoraVAEConfig.from_folder(_folder(spec_file, "vae"))
+    def parse(config: dict[str, Any]) -> OpenSoraVAEConfig:
+        if spec_file.spec.vae.config is not None:
+            return OpenSoraVAEConfig.from_dict(config, config.get("spatial"))
+        return OpenSoraVAEConfig.from_folder(folder_of(spec_file, "vae"))
+
+    return _sized(spec_file, "vae", parse)
 
 
 def _tokenizer(spec_file: SpecFile) -> tuple[bytes, int]:
@@ -308,7 +269,7 @@ def _tokenizer(spec_file: SpecFile) -> tuple[bytes, int]:
         raise spec_file.error(
             "text_encoder.tokenizer", "random weights bring no tokenizer; name a folder with its files here"
         )
-    folder = _folder(spec_file, "text_encoder") if given is None else spec_file.path.parent / given
+    folder = folder_of(spec_file, "text_encoder") if given is None else spec_file.path.parent / given
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         return tokenizer.backend_tokenizer.to_str(pretty=False).encode(), int(tokenizer.pad_token_id)
