@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,6 +22,7 @@ class BundleWriter:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.files: dict[str, File] = {}
+        self.entries: dict[str, str] = {}  # the key of the cache that each file came from
         self.weights: dict[str, WeightsFile] = {}
 
     def add_program(self, entry: Entry, suffix: str) -> str:
@@ -35,24 +35,23 @@ class BundleWriter:
         self.weights[path] = WeightsFile(path=path, constants=constants)
         return path
 
-    def add_bytes(self, path: str, data: bytes) -> None:
-        """Write a file under a given name."""
-        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
-        (self.root / path).write_bytes(data)
-        self.files[path] = File(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
-
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and its seal."""
         text = (json.dumps(manifest.model_dump(mode="json"), indent=1) + "\n").encode()
         (self.root / MANIFEST).write_bytes(text)
         (self.root / SEAL).write_text(seal_of(text))
 
+    def add_entry(self, path: str, entry: Entry) -> None:
+        """Take a file of the cache in under a given name."""
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        place(entry.path, self.root / path)
+        self.files[path] = File(path=path, size_bytes=entry.size_bytes, sha256=entry.sha256)
+        self.entries[path] = entry.key
+
     def _add(self, entry: Entry, folder: str, suffix: str) -> str:
         path = f"{folder}/{entry.sha256[:16]}{suffix}"
         if path not in self.files:
-            (self.root / folder).mkdir(exist_ok=True)
-            place(entry.path, self.root / path)
-            self.files[path] = File(path=path, size_bytes=entry.size_bytes, sha256=entry.sha256)
+            self.add_entry(path, entry)
         return path
 
 

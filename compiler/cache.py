@@ -79,6 +79,12 @@ class CompileCache:
             raise InternalError(f"{self.root / key} vanished while it was made; is something else clearing the cache?")
         return entry
 
+    def put_bytes(self, key: str, data: bytes, note: Any = None) -> Entry:
+        """Keep what is in memory."""
+        path = self.work / key
+        path.write_bytes(data)
+        return self.put(key, path, hashlib.sha256(data).hexdigest(), note)
+
 
 @contextmanager
 def open_cache(root: Path, limit_bytes: int = LIMIT_BYTES) -> Iterator[CompileCache]:

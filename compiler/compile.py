@@ -5,14 +5,17 @@ from __future__ import annotations
 import platform
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
-from movdc.compiler.bundle_writer import new_bundle
-from movdc.compiler.cache import open_cache
+from movdc.compiler.bundle_writer import BundleWriter, new_bundle
+from movdc.compiler.cache import CompileCache, key_of, open_cache
 from movdc.compiler.checker import check_manifest
+from movdc.compiler.checkpoints import Checkpoint
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
+from movdc.compiler.finished import compile_key, recall, remember
 from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
@@ -20,7 +23,7 @@ from movdc.compiler.program import Program
 from movdc.compiler.residency import most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
-from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Stage, Video
+from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Sampler, Stage, Video
 
 
 def compile_bundle(
@@ -40,35 +43,73 @@ def compile_bundle(
 
     What is finished goes to the cache and is taken from there; without one, everything is made and nothing is kept.
     """
+    passes = [one for _, some in phases for one in some]
     with new_bundle(out) as writer, open_cache(cache_root or writer.root / ".cache") as cache:
-        program = _optimise(spec_file, family, machine, phases, dump, progress, note)
-        _refuse(program, target)
-        lowered = lower(program, target, writer, cache, progress, jobs)
-        writer.add_bytes(program.prompt.tokenizer, program.tokenizer_json)
-        manifest = Manifest(
-            format_version=FORMAT_VERSION,
-            family=family.name,
-            target=target.name,
-            device=program.spec.device,
-            budget_bytes=machine.budget_bytes,
-            peak_bytes=_peak_bytes(lowered.stages, lowered.partitions, machine),
-            slab_bytes=machine.slab_bytes,
-            video=_video(program),
-            prompt=program.prompt,
-            sampler=program.sampler,
-            decode=program.decode,
-            stages=lowered.stages,
-            partitions=lowered.partitions,
-            weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
-            quantization=lowered.quantization,
-            files=tuple(writer.files[path] for path in sorted(writer.files)),
-            spec=program.spec.model_dump(mode="json"),
-            pipeline=",".join(str(one) for _, passes in phases for one in passes),
-            versions={"movdc": version("movdc"), "python": platform.python_version()} | target.versions(),
+        checkpoints = family.checkpoints(spec_file)
+        _pin(spec_file, checkpoints, note)
+        key = compile_key(spec_file.spec, checkpoints, target, machine, passes)
+        made = None if dump else recall(key, family.sampler(spec_file), passes, writer, cache)
+        if made is None:
+            program, planners = _optimise(spec_file, family, machine, phases, dump, progress, note)
+            _refuse(program, target)
+            made = _lower(program, family, target, writer, cache, progress, jobs)
+            remember(key, made, planners, writer, cache)
+        manifest = made.model_copy(
+            update={
+                "spec": spec_file.spec.model_dump(mode="json"),
+                "pipeline": ",".join(map(str, passes)),
+                "versions": {"movdc": version("movdc"), "python": platform.python_version()} | target.versions(),
+            }
         )
         check_manifest(manifest)
         writer.finish(manifest)
     return manifest
+
+
+def _pin(spec_file: SpecFile, checkpoints: Sequence[Checkpoint], note: Callable[[str, str], None]) -> None:
+    """Say what came from the hub, and write its commit into the spec, so that the bundle names it."""
+    for one in checkpoints:
+        if one.commit is not None:
+            model = getattr(spec_file.spec, one.section)
+            note(one.section, f"{model.weights} at commit {one.commit}, licence {one.licence}")
+            pinned = model.model_copy(update={"revision": one.commit})
+            spec_file.spec = spec_file.spec.model_copy(update={one.section: pinned})
+
+
+def _lower(
+    program: Program,
+    family: Family,
+    target: Target,
+    writer: BundleWriter,
+    cache: CompileCache,
+    progress: Progress,
+    jobs: int,
+) -> Manifest:
+    """Programs and weights into the bundle, and the manifest that describes them."""
+    lowered = lower(program, target, writer, cache, progress, jobs)
+    tokenizer = cache.put_bytes(key_of("tokenizer", program.tokenizer_json.decode()), program.tokenizer_json)
+    writer.add_entry(program.prompt.tokenizer, tokenizer)
+    return Manifest(
+        format_version=FORMAT_VERSION,
+        family=family.name,
+        target=target.name,
+        device=program.spec.device,
+        budget_bytes=program.machine.budget_bytes,
+        peak_bytes=_peak_bytes(lowered.stages, lowered.partitions, program.machine),
+        slab_bytes=program.machine.slab_bytes,
+        video=_video(program),
+        prompt=program.prompt,
+        sampler=program.sampler,
+        decode=program.decode,
+        stages=lowered.stages,
+        partitions=lowered.partitions,
+        weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
+        quantization=lowered.quantization,
+        files=tuple(writer.files[path] for path in sorted(writer.files)),
+        spec={},
+        pipeline="",
+        versions={},
+    )
 
 
 def _optimise(
@@ -79,26 +120,33 @@ def _optimise(
     dump: Path | None,
     progress: Progress,
     note: Callable[[str, str], None],
-) -> Program:
-    """Trace and run the passes, with the largest micro-batch of the decoder that fits the budget."""
+) -> tuple[Program, list[str]]:
+    """Trace and run the passes, with the largest micro-batch of the decoder that fits the budget.
+
+    Also gives the names of the passes that wrote into the sampler's plan.
+    """
     passes = [one for _, some in phases for one in some]
     last_of = {some[-1]: phase for phase, some in phases}
+    seen: list[tuple[str, Sampler]] = []  # the sampler's plan after each pass
     for micro_batch_frames in family.micro_batches:
         progress("trace", 0, 1)
         program = family.trace(spec_file, machine, micro_batch_frames)
         progress("trace", 1, 1)
         if dump is not None:
             _dump(dump, "0-trace", program)
+        seen[:] = [("", program.sampler)]
 
         def after(one: Pass, result: PassResult) -> None:
             if dump is not None and one in last_of:
                 names = [phase for phase, _ in phases]
                 _dump(dump, f"{names.index(last_of[one]) + 1}-{last_of[one]}", result.program)
+            seen.append((one.name, result.program.sampler))
             note(one.name, result.note)
             progress("passes", passes.index(one) + 1, len(passes))
 
         try:
-            return run_passes(program, passes, after)
+            program = run_passes(program, passes, after)
+            return program, [name for (_, before), (name, now) in pairwise(seen) if now != before]
         except BudgetError as error:
             if error.stage != "vae_spatial" or micro_batch_frames == family.micro_batches[-1]:
                 raise

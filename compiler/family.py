@@ -5,9 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import ClassVar
 
+from movdc.compiler.checkpoints import Checkpoint
 from movdc.compiler.device import Machine
 from movdc.compiler.program import Program
 from movdc.compiler.spec import SpecFile
+from movdc.runtime.bundle import Sampler
 
 
 class Family(ABC):
@@ -15,6 +17,14 @@ class Family(ABC):
 
     name: ClassVar[str]
     micro_batches: ClassVar[tuple[int, ...]]  # frames decoded at once by the spatial decoder, best first
+
+    @abstractmethod
+    def checkpoints(self, spec_file: SpecFile) -> tuple[Checkpoint, ...]:
+        """Where the weights come from, and whatever else is read beside the spec; fetches what is on the hub."""
+
+    @abstractmethod
+    def sampler(self, spec_file: SpecFile) -> Sampler:
+        """The sampler's plan before any pass; needs no trace."""
 
     @abstractmethod
     def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:

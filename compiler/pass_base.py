@@ -15,6 +15,7 @@ from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
 from movdc.compiler.verifier import verify
+from movdc.runtime.bundle import Sampler
 
 Option = bool | int | float | str | tuple[str, ...] | None
 
@@ -40,10 +41,18 @@ class Pass(ABC):
     figure: ClassVar[str] = ""  # what the results of a pass that is not exact are held to, in words
     paper: ClassVar[str] = ""  # arXiv id and section
     after: ClassVar[tuple[str, ...]] = ()  # passes that must run before this one, where both run
+    plan_options: ClassVar[tuple[str, ...]] = ()  # options that change nothing but the sampler's plan
 
     @abstractmethod
     def apply(self, program: Program) -> PassResult:
         """Return a new program; the one given is never changed."""
+
+    def plan(self, sampler: Sampler) -> Sampler:
+        """What the pass writes into the sampler's plan when it has done its part; raises MovdcError if it cannot.
+
+        It goes by the plan and the options alone, so that graphs compiled before can have another plan.
+        """
+        return sampler
 
     def requires(self, program: Program) -> None:  # noqa: B027  # most passes take any program
         """Raise MovdcError if the program is not one that this pass can take."""
@@ -57,6 +66,8 @@ class Pass(ABC):
         before = print_program(program)
         result = self.apply(program)
         verify(result.program)
+        if result.program.sampler not in (program.sampler, self.plan(program.sampler)):
+            raise InternalError("writes into the sampler's plan what its method `plan` does not")
         self._keep_interfaces(program, result.program)
         if result.modified != (print_program(result.program) != before):
             raise InternalError(f"reports modified={result.modified}, the printed program says otherwise")
@@ -100,8 +111,9 @@ class Pass(ABC):
 
     @property
     def identity(self) -> str:
-        """Hash of source and options: two passes of one identity make the same program of the same program."""
-        values = [(field.name, getattr(self, field.name)) for field in fields(self)]
+        """Hash of source and options: two passes of one identity make the same graphs of the same graphs."""
+        chosen = [field.name for field in fields(self) if field.name not in self.plan_options]
+        values = [(name, getattr(self, name)) for name in chosen]
         ours = [one for one in type(self).__mro__ if issubclass(one, Pass)]  # a base that changes, changes its passes
         sources = [inspect.getsource(inspect.getmodule(one) or one) for one in ours]
         return hashlib.sha256(f"{sources}{values!r}".encode()).hexdigest()

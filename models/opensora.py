@@ -12,7 +12,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
-from movdc.compiler.checkpoints import bind, check_tensors, config_of, folder_of, source_of
+from movdc.compiler.checkpoints import (
+    Checkpoint,
+    bind,
+    check_tensors,
+    checkpoint_of,
+    config_of,
+    folder_of,
+    source_of,
+)
 from movdc.compiler.device import Machine
 from movdc.compiler.family import Family
 from movdc.compiler.program import Graph, Program, Stage, TokenLayout
@@ -79,19 +87,32 @@ class OpenSora(Family):
     name = "opensora-1.2"
     micro_batches = (4, 2, 1)  # 4 is the published choice; frames are decoded on their own, so any gives the same video
 
+    def checkpoints(self, spec_file: SpecFile) -> tuple[Checkpoint, ...]:
+        """The three models, and the tokenizer if it has a folder of its own."""
+        models = tuple(checkpoint_of(spec_file, section) for section in ("text_encoder", "denoiser", "vae"))
+        given = spec_file.spec.text_encoder.tokenizer
+        return models + ((Checkpoint("tokenizer", spec_file.path.parent / given),) if given else ())
+
+    def sampler(self, spec_file: SpecFile) -> Sampler:
+        """Euler over the rectified flow, from the spec's sizes."""
+        spec = spec_file.spec
+        return Sampler(
+            solver="euler",
+            prediction="rectified_flow",
+            units=(spec.sampler.steps,),
+            shift=timestep_shift(spec.video),
+            rounded=spec.sampler.rounded,
+            guidance=spec.sampler.guidance,
+            latent=_latent(spec.video, _vae_config(spec_file)),
+        )
+
     def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:
         """Trace the four stages at the spec's sizes."""
         spec = spec_file.spec
         _check_frames(spec_file)
         vae_config = _vae_config(spec_file)
         chunks = decode_chunks(spec.video.frames, vae_config.micro_frame_size)
-        latent = (
-            1,
-            LATENT_CHANNELS,
-            latent_frames(spec.video.frames, vae_config.micro_frame_size),
-            spec.video.height // PIXELS_PER_LATENT,
-            spec.video.width // PIXELS_PER_LATENT,
-        )
+        latent = _latent(spec.video, vae_config)
         text_config = _sized(spec_file, "text_encoder", lambda config: T5Config(**config))
         denoiser_config = _sized(spec_file, "denoiser", STDiT3Config.from_dict)
         _check_tensors(spec_file, text_config, denoiser_config, vae_config)
@@ -104,15 +125,7 @@ class OpenSora(Family):
                 _denoiser_stage(spec_file, denoiser_config, latent, text_config.d_model),
                 *_vae_stages(spec_file, vae_config, chunks, latent, micro_batch_frames),
             ),
-            sampler=Sampler(
-                solver="euler",
-                prediction="rectified_flow",
-                units=(spec.sampler.steps,),
-                shift=timestep_shift(spec.video),
-                rounded=spec.sampler.rounded,
-                guidance=spec.sampler.guidance,
-                latent=latent,
-            ),
+            sampler=self.sampler(spec_file),
             decode=Decode(
                 chunks=tuple(Chunk(variant=_chunk_name(n), latent_frames=t, frames=n) for t, n in chunks),
                 micro_batch_frames=micro_batch_frames,
@@ -126,6 +139,11 @@ class OpenSora(Family):
             ),
             tokenizer_json=tokenizer_json,
         )
+
+
+def _latent(video: VideoSpec, vae: OpenSoraVAEConfig) -> tuple[int, int, int, int, int]:
+    height, width = video.height // PIXELS_PER_LATENT, video.width // PIXELS_PER_LATENT
+    return (1, LATENT_CHANNELS, latent_frames(video.frames, vae.micro_frame_size), height, width)
 
 
 def _check_frames(spec_file: SpecFile) -> None:

@@ -47,6 +47,7 @@ class Leap(Pass):
     exact: ClassVar[bool] = False
     figure: ClassVar[str] = f"PSNR >= {MIN_PSNR_DB} dB of the example's frames against those of every step"
     paper: ClassVar[str] = "arXiv 2502.04363, section 4"
+    plan_options: ClassVar[tuple[str, ...]] = ("mode", "step", "min_steps", "tol", "patience", "metric")
 
     mode: Literal["fixed", "dynamic", "reference"] = "fixed"
     # None is what LeapRule has where the mode has the option; what each means is written there.
@@ -76,18 +77,8 @@ class Leap(Pass):
         return {key: getattr(self, key) for key in self.options() if key != "mode"}
 
     def requires(self, program: Program) -> None:
-        """Refuse what a leap would make wrong, and a rule that would never leap."""
-        sampler = program.sampler
-        if sampler.solver != "euler":
-            raise MovdcError(
-                f"pass leap: the sampler's solver is {sampler.solver}; a leap needs euler, because any other carries "
-                "a history or a correction that one long step makes wrong; leave the pass out"
-            )
-        if sampler.prediction not in ("rectified_flow", "flow_match"):
-            raise MovdcError(
-                f"pass leap: the sampler's prediction is {sampler.prediction}; a leap needs rectified_flow or "
-                "flow_match, because any other is no drift along a straight line; leave the pass out"
-            )
+        """Refuse frames that are not denoised from the start, and what `plan` refuses."""
+        self.plan(program.sampler)
         for stage, variant, graph in program.graphs():
             if graph.layout and graph.layout.frame_mask_input:
                 raise MovdcError(
@@ -102,6 +93,19 @@ class Leap(Pass):
                     "denoised from the start, because one that joins later than the leap never would be; leave the "
                     "pass out"
                 )
+
+    def plan(self, sampler: Sampler) -> Sampler:
+        """The rule; refuses samplers that no leap is right for, and steps that it would never leave out."""
+        if sampler.solver != "euler":
+            raise MovdcError(
+                f"pass leap: the sampler's solver is {sampler.solver}; a leap needs euler, because any other carries "
+                "a history or a correction that one long step makes wrong; leave the pass out"
+            )
+        if sampler.prediction not in ("rectified_flow", "flow_match"):
+            raise MovdcError(
+                f"pass leap: the sampler's prediction is {sampler.prediction}; a leap needs rectified_flow or "
+                "flow_match, because any other is no drift along a straight line; leave the pass out"
+            )
         first = {steps: first_leap(self.rule, steps) for steps in sampler.units}
         if all(step > steps - 2 for steps, step in first.items()):
             steps = max(first)
@@ -109,6 +113,7 @@ class Leap(Pass):
                 f"pass leap: step {first[steps]} is the first that can leap, and in {steps} steps the last that leaves "
                 f"out any is {steps - 2}; {self._advice()}"
             )
+        return sampler.model_copy(update={"leap": self.rule})
 
     def _advice(self) -> str:
         lower = {"fixed": "step", "dynamic": "min_steps or patience"}.get(self.mode)
@@ -116,7 +121,7 @@ class Leap(Pass):
 
     def apply(self, program: Program) -> PassResult:
         """Write the rule into the sampler's plan."""
-        sampler = program.sampler.model_copy(update={"leap": self.rule})
+        sampler = self.plan(program.sampler)
         bound = "" if self.rule.mode == "fixed" else "at most "
         note = f"{bound}{evaluations(sampler)} evaluations of {sum(sampler.units)}"
         return PassResult(replace(program, sampler=sampler), sampler != program.sampler, note)

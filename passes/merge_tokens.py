@@ -15,6 +15,7 @@ from movdc.compiler.errors import MovdcError
 from movdc.compiler.pass_base import Pass, PassResult
 from movdc.compiler.program import Graph, Program, TokenLayout
 from movdc.compiler.regions import TwoTraces
+from movdc.runtime.bundle import Sampler
 
 Odd = Literal["singleton", "drop"]
 
@@ -85,21 +86,19 @@ class MergeTokens(Pass):
     exact: ClassVar[bool] = False
     figure: ClassVar[str] = "relative L2 <= 1e-5 of the reference's merged outputs; equal to plain for equal pairs"
     paper: ClassVar[str] = "arXiv 2502.04363, section 3.2"
+    plan_options: ClassVar[tuple[str, ...]] = ("steps",)
 
     steps: int | None = None  # of each unit, from its first; None is half of the shortest unit's
     rope: Literal["compressed", "midpoint"] = "compressed"  # merged frames at 0, 1, 2, ... or at 0.5, 2.5, 4.5, ...
     proportional: bool = False  # a key that stands for two frames counts twice beside one that stands for one
     scope: Literal["attention", "block"] = "attention"  # block: the MLPs too
-    # What a last odd frame does: it stays for itself, or (as in the reference) no frame sees it and it gets what the
-    # last pair gets.
+    # A last odd frame stays for itself, or (as in the reference) no frame sees it and it gets what the last pair gets.
     odd: Odd = "singleton"
     mixed_pairs: bool = False  # merge whatever the frame mask says, as the reference does
 
     def requires(self, program: Program) -> None:
         """A layout, known and equal masks in pairs, no more steps than there are, nothing merged otherwise."""
-        most = max(program.sampler.units)
-        if self.steps is not None and not 1 <= self.steps <= most:
-            raise MovdcError(f"pass merge-tokens: steps={self.steps}; the sampler allows 1 to {most}")
+        self.plan(program.sampler)
         layouts = {stage.name: stage.layout for stage in program.stages if stage.layout}
         if not layouts:
             raise MovdcError("pass merge-tokens: no stage declares a token layout; leave the pass out for this family")
@@ -124,11 +123,14 @@ class MergeTokens(Pass):
             stages.append(stage)
         if not notes:
             return PassResult(program, False, "nothing to merge")
-        sampler = program.sampler.model_copy(update={"merged_steps": self._steps(program)})
-        return PassResult(replace(program, stages=tuple(stages), sampler=sampler), True, ", ".join(notes))
+        planned = replace(program, stages=tuple(stages), sampler=self.plan(program.sampler))
+        return PassResult(planned, True, ", ".join(notes))
 
-    def _steps(self, program: Program) -> int:
-        return self.steps or max(1, min(program.sampler.units) // 2)
+    def plan(self, sampler: Sampler) -> Sampler:
+        """The first steps run the variant; refuses more of them than there are."""
+        if self.steps is not None and not 1 <= self.steps <= max(sampler.units):
+            raise MovdcError(f"pass merge-tokens: steps={self.steps}; the sampler allows 1 to {max(sampler.units)}")
+        return sampler.model_copy(update={"merged_steps": self.steps or max(1, min(sampler.units) // 2)})
 
     def _merged(self, plain: Graph, layout: TokenLayout) -> tuple[Graph, int]:
         """The merged variant, and in how many places frames are merged."""
