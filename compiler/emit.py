@@ -1,4 +1,4 @@
-"""Emitting templates, each on its own, in as many processes as are asked for."""
+"""Emitting templates, each in a process of its own, as many at a time as are asked for and as their weights allow."""
 
 from __future__ import annotations
 
@@ -8,16 +8,20 @@ import signal
 import sys
 import tempfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
 
+from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact, Target
 
+# Of weights that are lowered at the same time, where more than one template is. An SDK holds copies of them: lowering
+# takes half a gigabyte and twice the weights.
+TOGETHER_BYTES = 600_000_000
 _PR_SET_PDEATHSIG = 1
-_shared: tuple[Mapping[str, Piece], Target] | None = None  # what forked processes find in place: it does not pickle
 
 
 def emit_all(
@@ -26,9 +30,9 @@ def emit_all(
     """Lower each template; `done` gets its name and its artifact, whose program lies below `folder`, when it is made.
 
     Most of the work is Python of the target's SDK, which threads would do one after the other. Processes are forked,
-    which spares them the SDK's imports; where forking is unsafe (macOS) everything is done here.
+    which spares them the SDK's imports, and end with their template, which gives back the memory that the SDK keeps;
+    where forking is unsafe (macOS) everything is done here.
     """
-    global _shared
     if not templates:
         return
     # The smallest first, here, because the first fills the SDK's caches for all; then the largest first.
@@ -37,32 +41,62 @@ def emit_all(
     here = order if jobs == 1 or sys.platform != "linux" else order[:1]
     for template in here:
         done(template, _emit(templates[template], target, folder))
-    rest = order[len(here) :]
-    if rest:
-        _shared = templates, target
-        context = multiprocessing.get_context("fork")
-        with ProcessPoolExecutor(min(jobs, len(rest)), context, initializer=_start_child) as pool:
-            try:
-                futures = {pool.submit(_emit_shared, template, folder): template for template in rest}
-                for future in as_completed(futures):
-                    done(futures[future], future.result())
-            except BaseException:
-                pool.shutdown(wait=True, cancel_futures=True)
-                raise
-            finally:
-                _shared = None
+    waiting = order[len(here) :]
+    running: dict[Connection, tuple[str, BaseProcess]] = {}
+    try:
+        while waiting or running:
+            together_bytes = sum(templates[template].weight_bytes for template, _ in running.values())
+            fitting = (one for one in waiting if together_bytes + templates[one].weight_bytes <= TOGETHER_BYTES)
+            following = next(fitting, None) if running else waiting[0]
+            if following is not None and len(running) < jobs:
+                waiting.remove(following)
+                connection, process = _start(templates[following], target, folder)
+                running[connection] = following, process
+                continue
+            for ready in wait(list(running)):
+                assert isinstance(ready, Connection)
+                template, process = running.pop(ready)
+                done(template, _result(template, ready, process))
+    finally:
+        for _, process in running.values():
+            process.kill()
 
 
 def _emit(piece: Piece, target: Target, folder: Path) -> Artifact:
     return target.emit(piece, Path(tempfile.mkdtemp(dir=folder)))
 
 
-def _emit_shared(template: str, folder: Path) -> Artifact:
-    assert _shared is not None
-    templates, target = _shared
-    return _emit(templates[template], target, folder)
+def _start(piece: Piece, target: Target, folder: Path) -> tuple[Connection, BaseProcess]:
+    """Fork a process that emits a piece; what it sends is the artifact, or the error that stopped it."""
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    process = multiprocessing.get_context("fork").Process(target=_emit_there, args=(piece, target, folder, sender))
+    process.start()
+    sender.close()  # so that the end of the process is the end of the connection
+    return receiver, process
 
 
-def _start_child() -> None:
+def _emit_there(piece: Piece, target: Target, folder: Path, sender: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no child outlives a compile that is killed
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent, which ends its children
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+    try:
+        sender.send(_emit(piece, target, folder))
+    except MovdcError as error:
+        sender.send(error)
+    except Exception as error:  # noqa: BLE001  # a bug, of whatever kind, is the parent's to report
+        sender.send(InternalError(f"{type(error).__name__}: {error}"))
+
+
+def _result(template: str, connection: Connection, process: BaseProcess) -> Artifact:
+    try:
+        result = connection.recv()
+    except EOFError:
+        process.join()
+        raise InternalError(
+            f"lowering {template} ended with {process.exitcode}; was there too little memory?"
+        ) from None
+    process.join()
+    if isinstance(result, Exception):
+        raise result
+    assert isinstance(result, Artifact)
+    return result

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import fx, nn
@@ -94,8 +95,11 @@ class Piece:
         name = self.graph.outputs[results.index(node)].name if node in results else node.name
         return spec_of(name, value_of(node))
 
-    def module(self) -> fx.GraphModule:
-        """The subgraph with stand-ins for its weights, which each partition of the same text shares."""
+    def module(self, directory: Path) -> fx.GraphModule:
+        """The subgraph with stand-ins for its weights, which each partition of the same text shares.
+
+        They lie in files, in some directory: together they are as large as the weights, and need not be in memory.
+        """
         root = nn.Module()
         graph = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
@@ -103,7 +107,8 @@ class Piece:
             copies[node] = graph.placeholder(f"input_{index}")
             copies[node].meta["val"] = value_of(node)
         for weight in self.weights:
-            root.register_parameter(weight.name, nn.Parameter(weight.stand_in(), requires_grad=False))
+            data = _mapped_copy(weight.stand_in(), directory)
+            root.register_parameter(weight.name, nn.Parameter(data, requires_grad=False))
             copies[weight.node] = graph.get_attr(weight.name)
         for node in self.nodes:
             copies[node] = graph.node_copy(node, lambda source: copies[source])
@@ -155,3 +160,13 @@ def _weights(graph: Graph, nodes: list[fx.Node]) -> tuple[PieceWeight, ...]:
         group = "tables" if isinstance(ref.source, FoldedSource) else "weights"
         weights.append(PieceWeight(node, ref, group, sum(weight.group == group for weight in weights)))
     return tuple(weights)
+
+
+def _mapped_copy(tensor: torch.Tensor, directory: Path) -> torch.Tensor:
+    """The same tensor in a file without a name, which is gone when the tensor is."""
+    if not tensor.numel():
+        return tensor
+    path = directory / "stand-in"
+    mapped = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    path.unlink()
+    return mapped.copy_(tensor.flatten()).reshape(tensor.shape)

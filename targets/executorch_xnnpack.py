@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import mmap
 import warnings
@@ -57,7 +58,7 @@ class ExecutorchXnnpack(Target):
         arguments = tuple(torch.zeros(value_of(node).shape, dtype=value_of(node).dtype) for node in piece.inputs)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            exported = torch.export.export(piece.module(), arguments, strict=False)
+            exported = torch.export.export(piece.module(directory), arguments, strict=False)
             for node in exported.graph.find_nodes(op="placeholder"):
                 if node.name not in exported.graph_signature.user_inputs:
                     node.meta.setdefault("custom", {})["delegate_constant_tag"] = _TAG
@@ -73,7 +74,8 @@ class ExecutorchXnnpack(Target):
         with HashedFile(path) as written:
             written.write(program.buffer)
         program.write_tensor_data_to_file(str(directory))
-        del exported, edge, program  # each may hold the stand-ins, which are as large as the weights
+        del exported, edge, program
+        gc.collect()  # what was exported is a knot of references, and holds copies of all the stand-ins
         inputs, outputs = ([piece.tensor(node) for node in nodes] for nodes in (piece.inputs, piece.outputs))
         stand_ins = directory / f"{_TAG}.ptd"
         if not stand_ins.exists():

@@ -1,7 +1,8 @@
-"""`kill -9` during a compile leaves no bundle or a whole one, and the next compile sweeps up."""
+"""`kill -9` during a compile leaves no bundle or a whole one, and the next compile goes on with what was finished."""
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from subprocess import CompletedProcess
 import pytest
 import yaml
 
+from movdc.compiler.cache import Entry, entries
 from movdc.runtime.bundle import MANIFEST, Bundle
 from movdc.runtime.executor import Executor
 
@@ -22,42 +24,18 @@ POLL_S = 0.01
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture
-def shallow(tmp_path: Path, example: Path) -> Path:
-    """The example's pipeline with one layer of everything and one small frame, so that a compile is short."""
-    spec = yaml.safe_load(example.read_text())
-    checkpoint = example.parent / "checkpoints" / "tiny"
-
-    def config(model: str, **smaller: object) -> dict[str, object]:
-        return json.loads((checkpoint / model / "config.json").read_text()) | smaller
-
-    spec["text_encoder"] |= {
-        "weights": str(checkpoint / "text_encoder"),
-        "config": config("text_encoder", num_layers=1),
-    }
-    spec["denoiser"] = {"weights": str(checkpoint / "denoiser"), "config": config("denoiser", depth=1)}
-    vae = config("vae", spatial={"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 2})
-    vae["vae_temporal"] |= {"channel_multipliers": [1, 1, 1], "temporal_downsample": [True, True], "filters": 8}
-    spec["vae"] = {"weights": "random:0", "config": vae}
-    spec["video"] |= {"frames": 1, "height": 16, "width": 16}
-    spec["memory_budget"] = "1GB"
-    path = tmp_path / "shallow.yaml"
-    path.write_text(yaml.safe_dump(spec))
-    return path
-
-
 def _partials(out: Path) -> list[Path]:
     return list(out.parent.glob(f".{out.name}.partial-*"))
 
 
-def _programs(out: Path) -> int:
-    return sum(len(list(partial.rglob("*.pte"))) for partial in _partials(out))
+def _made(cache: Path, kind: str) -> list[Entry]:
+    return [entry for entry in entries(cache) if entry.kind == kind]
 
 
-def _compile_and_kill(spec: Path, out: Path, reached: Callable[[], bool]) -> int:
+def _compile_and_kill(spec: Path, out: Path, cache: Path, reached: Callable[[], bool]) -> int:
     """Kill a compile with all its children at the first moment when `reached` holds; gives its exit code."""
     before = set(_partials(out))
-    command = [Path(sys.executable).with_name("movdc"), "compile", spec, "-o", out]
+    command = [Path(sys.executable).with_name("movdc"), "compile", spec, "-o", out, "--cache", cache]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True) as run:
         try:
             while run.poll() is None and (before & set(_partials(out)) or not reached()):
@@ -68,32 +46,117 @@ def _compile_and_kill(spec: Path, out: Path, reached: Callable[[], bool]) -> int
     return run.returncode
 
 
+def _files(bundle: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(bundle)): path.read_bytes() for path in bundle.rglob("*") if path.is_file()}
+
+
 def _assert_whole(out: Path) -> None:
     Executor(Bundle.read(out))
 
 
-def test_a_killed_compile_leaves_no_bundle_or_a_whole_one(movdc: Movdc, shallow: Path, tmp_path: Path) -> None:
-    out = tmp_path / "bundles" / "shallow"
+def test_a_killed_compile_goes_on_where_it_was_and_gives_the_same_bytes(
+    movdc: Movdc, shallow: Path, tmp_path: Path
+) -> None:
+    out, cache = tmp_path / "bundles" / "shallow", tmp_path / "cache"
 
-    for programs in (1, 2):  # early, and half way
-        ended = _compile_and_kill(shallow, out, lambda count=programs: _programs(out) >= count)
+    kept: dict[Path, int] = {}
+    for programs in (1, 3):  # early, and half way
+        ended = _compile_and_kill(shallow, out, cache, lambda count=programs: len(_made(cache, "program")) >= count)
         assert ended == -signal.SIGKILL
         assert not out.exists()
         assert len(_partials(out)) == 1  # of this compile: what earlier ones left is gone
+        assert len(list(cache.glob(".work-*"))) == 1
+        assert kept.keys() <= {entry.path for entry in _made(cache, "program")}
+        kept = {entry.path: entry.path.stat().st_ino for entry in _made(cache, "program")}
 
-    done = movdc("compile", shallow, "-o", out)
+    done = movdc("compile", shallow, "-o", out, "--cache", cache)
     assert done.returncode == 0, done.stdout + done.stderr
     assert list(out.parent.iterdir()) == [out]
+    assert not list(cache.glob(".work-*"))
+    assert {path: path.stat().st_ino for path in kept} == kept, "what was finished is not made again"
     _assert_whole(out)
+
+    twin = tmp_path / "twin"
+    assert movdc("compile", shallow, "-o", twin, "--no-cache").returncode == 0
+    assert _files(out) == _files(twin), "a compile in one go, from nothing, gives the same"
+    assert list(twin.glob(".*")) == []
+
+
+def test_a_kill_near_the_end_leaves_the_old_bundle_or_the_new_one(movdc: Movdc, shallow: Path, tmp_path: Path) -> None:
+    out, cache = tmp_path / "bundles" / "shallow", tmp_path / "cache"
+    assert movdc("compile", shallow, "-o", out, "--cache", cache).returncode == 0
     first = (out / MANIFEST).read_bytes()
 
-    # Over a bundle, when the new manifest is there: in these last moments it takes the old bundle's place.
-    _compile_and_kill(shallow, out, lambda: any((partial / MANIFEST).exists() for partial in _partials(out)))
+    # When the new manifest is there: in these last moments it takes the old bundle's place.
+    _compile_and_kill(shallow, out, cache, lambda: any((partial / MANIFEST).exists() for partial in _partials(out)))
     if out.exists():
         _assert_whole(out)
 
-    assert _compile_and_kill(shallow, out, lambda: bool(_partials(out))) == -signal.SIGKILL
+    assert _compile_and_kill(shallow, out, cache, lambda: bool(_partials(out))) == -signal.SIGKILL
     assert len(_partials(out)) == 1
     if out.exists():
         _assert_whole(out)
         assert (out / MANIFEST).read_bytes() == first
+
+
+def test_kills_at_random_moments_end_in_the_same_bytes(movdc: Movdc, shallow: Path, tmp_path: Path) -> None:
+    out, cache = tmp_path / "shallow", tmp_path / "cache"
+    moments = random.Random(7)
+    for _ in range(4):
+        stop_s = time.monotonic() + moments.uniform(5, 40)
+        if _compile_and_kill(shallow, out, cache, lambda stop_s=stop_s: time.monotonic() > stop_s) == 0:
+            break
+    assert movdc("compile", shallow, "-o", out, "--cache", cache).returncode == 0
+    twin = tmp_path / "twin"
+    assert movdc("compile", shallow, "-o", twin, "--no-cache").returncode == 0
+    assert _files(out) == _files(twin)
+
+
+def test_an_option_redoes_what_depends_on_it(movdc: Movdc, shallow: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def compiled(name: str, **changes: object) -> tuple[Path, str]:
+        spec = tmp_path / f"{name}.yaml"
+        spec.write_text(yaml.safe_dump(yaml.safe_load(shallow.read_text()) | changes))
+        done = movdc("compile", spec, "-o", tmp_path / name, "--cache", cache)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return tmp_path / name, done.stdout
+
+    first, said = compiled("first")
+    assert "lower" in said
+    whole = _files(first)
+    made = {entry.key for entry in entries(cache)}
+
+    again, said = compiled("again")
+    assert "trace" not in said, "nothing has changed: nothing is traced"
+    assert "lower" not in said
+    assert _files(again) == whole
+
+    fewer, said = compiled("fewer", sampler={"steps": 12, "guidance": 4.0})
+    assert "trace" not in said
+    assert {entry.key for entry in entries(cache)} == made
+    ours, theirs = (json.loads((bundle / MANIFEST).read_text()) for bundle in (fewer, first))
+    assert ours["sampler"]["units"] == [12]
+    assert {key for key in ours if ours[key] != theirs[key]} == {"sampler", "spec"}
+
+    compiled("leap", passes={"leap": {"step": 20}})
+    leapt, said = compiled("sooner", passes={"leap": {"step": 10}})
+    assert "trace" not in said
+    assert Bundle.read(leapt).manifest.sampler.leap.step == 10
+    assert "leap{step=10}" in Bundle.read(leapt).manifest.pipeline
+    assert {entry.kind for entry in entries(cache) if entry.key not in made} == {"compile"}, "no program, no weights"
+
+    with (first / "weights" / sorted(path.name for path in (first / "weights").iterdir())[0]).open("r+b") as file:
+        file.write(b"damage")  # where files are shared by link, in the cache too
+    mended, _ = compiled("mended")
+    _assert_whole(mended)
+    assert _files(mended) == whole
+
+    shown = movdc("cache", "--cache", cache).stdout
+    assert "program: " in shown
+    assert "weights: " in shown
+    assert movdc("cache", "--cache", cache, "--prune", "1B").returncode == 0
+    assert entries(cache) == []
+    anew, said = compiled("anew")
+    assert "lower" in said
+    assert _files(anew) == whole

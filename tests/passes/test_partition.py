@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
@@ -149,12 +150,14 @@ def test_modified_is_honest_and_the_pass_is_idempotent(graph_of: GraphOf, progra
     assert "1 partitions, 1 programs" in roomy.note
 
 
-def test_numbers_are_the_same_run_piece_by_piece(graph_of: GraphOf, program_of: ProgramOf, run_graph: RunGraph) -> None:
+def test_numbers_are_the_same_run_piece_by_piece(
+    graph_of: GraphOf, program_of: ProgramOf, run_graph: RunGraph, tmp_path: Path
+) -> None:
     module = Stack(3)
     graph = _cut(program_of(replace(MACHINE, budget_bytes=14000), net=graph_of(module, x=X)))
     values = {node: X for node in graph.graph.find_nodes(op="placeholder") if node.name == "x"}
     for piece in split(graph):
-        lowered = piece.module()
+        lowered = piece.module(tmp_path)
         weights = {weight.name: weight.ref.read() for weight in piece.weights}
         with torch.no_grad():
             for name, data in weights.items():

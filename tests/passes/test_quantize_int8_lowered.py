@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from quantized import GENERATOR, MAX_RELATIVE_ERROR, MIN_COSINE, GatedFeedForward, cosine, errors_of, relative_error, tokens
+from quantized import (
+    GENERATOR,
+    MAX_RELATIVE_ERROR,
+    MIN_COSINE,
+    GatedFeedForward,
+    cosine,
+    errors_of,
+    relative_error,
+    tokens,
+)
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 

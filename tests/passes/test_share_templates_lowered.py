@@ -45,9 +45,9 @@ def _compiled(blocks: int, program_of: Callable[..., Program]) -> Program:
     return ShareTemplates()(lowering.program_of(blocks, program_of())).program
 
 
-def _own_program(piece: Piece, inputs: list[Tensor]) -> list[Tensor]:
+def _own_program(piece: Piece, inputs: list[Tensor], folder: Path) -> list[Tensor]:
     """The piece with its own weights inside, lowered and run by ExecuTorch alone."""
-    module = piece.module()
+    module = piece.module(folder)
     for weight in piece.weights:
         module.get_parameter(weight.name).data = weight.ref.read()
     with warnings.catch_warnings():
@@ -114,7 +114,7 @@ def test_24_blocks_lower_once_and_run_as_their_own_programs(
             for spec in partitions[index].inputs
         ]
         shared = _template(tmp_path, writer, partitions[index], inputs, seal)
-        for mine, own in zip(shared, _own_program(pieces[index], inputs), strict=True):
+        for mine, own in zip(shared, _own_program(pieces[index], inputs, tmp_path), strict=True):
             assert torch.equal(mine, own), partitions[index].name
 
 
