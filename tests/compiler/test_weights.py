@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.weights import RandomSource, Transform, open_checkpoint
+from movdc.compiler.weights import INT8, INT8_SCALE, PART_BYTES, RandomSource, Transform, open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "tiny"
 EXAMPLE = Path(__file__).parents[2] / "examples" / "checkpoints" / "tiny"
@@ -69,6 +69,36 @@ def test_random_weights_depend_on_seed_key_and_shape() -> None:
     assert torch.equal(read(1, "a"), read(1, "a"))
     assert not torch.equal(read(1, "a"), read(2, "a"))
     assert not torch.equal(read(1, "a"), read(1, "b"))
+
+
+@pytest.mark.parametrize("transforms", [(), (INT8,), (INT8_SCALE,), (Transform("permute", (1, 0)), INT8)])
+def test_parts_make_up_the_whole_and_are_small(transforms: tuple[Transform, ...], tmp_path: Path) -> None:
+    whole = torch.randn(4000, 1100, generator=torch.Generator().manual_seed(0))
+    save_file({"w": whole}, tmp_path / "model.safetensors")
+    parts = list(open_checkpoint(tmp_path).refs()["w"].then(*transforms).parts())
+    for transform in transforms:
+        whole = transform.apply(whole)
+    assert torch.equal(torch.cat(parts), whole)
+    assert len(parts) > 3
+    assert max(part.nbytes for part in parts) <= PART_BYTES
+
+
+@pytest.mark.parametrize("layout", ["safetensors", "pickle"])
+def test_identity_tells_a_file_that_was_written_anew(layout: str, tmp_path: Path) -> None:
+    def write(value: float) -> str:
+        tensors = {"w": torch.full((3,), value)}
+        if layout == "safetensors":
+            save_file(tensors, tmp_path / "model.safetensors")
+        else:
+            torch.save(tensors, tmp_path / "shard.bin")
+            (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"w": "shard.bin"}}')
+        return open_checkpoint(tmp_path).refs()["w"].then(INT8).identity
+
+    first = write(1.0)
+    assert first.endswith("w int8")
+    assert open_checkpoint(tmp_path).refs()["w"].then(INT8).identity == first
+    assert open_checkpoint(tmp_path).refs()["w"].identity != first
+    assert write(2.0) != first
 
 
 def test_transforms_apply_in_order_and_print() -> None:
