@@ -70,6 +70,11 @@ def size_bytes(shape: list[int]) -> int:
     return 4 * math.prod(shape)
 
 
+def stored_bytes(folder: str) -> int:
+    """Bytes of the tensors of one of the three checkpoints."""
+    return sum(size_bytes(shape) for key, shape in shapes_of(folder).items() if key not in TIED)
+
+
 class Values:
     """Seeded values of any tensor, a block at a time."""
 
@@ -165,7 +170,7 @@ def main(
     if root.exists():
         raise typer.BadParameter(f"{root} exists; give a folder that is not there yet")
     root.parent.mkdir(parents=True, exist_ok=True)
-    needed = sum(size_bytes(shape) for name in FOLDERS for shape in shapes_of(name).values()) + SPARE_BYTES
+    needed = SPARE_BYTES + sum(stored_bytes(name) for name in FOLDERS)
     free = shutil.disk_usage(root.parent).free
     if free < needed:
         raise typer.BadParameter(f"{root.parent} has {free / 1e9:.1f} GB free, and {needed / 1e9:.1f} GB are needed")

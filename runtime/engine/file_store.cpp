@@ -164,7 +164,7 @@ FileStore::FileStore(std::string root, const std::vector<FileRecord>& files, siz
     if (digest.Hex() != file.sha256) {
       throw FileError(file.path + ": is damaged (its SHA-256 is not the recorded one); compile the bundle again");
     }
-    checked_[file.path] = identity;
+    checked_[file.path] = {identity, file.sha256};
   }
 }
 
@@ -172,10 +172,19 @@ Mapping FileStore::Map(const std::string& path) const {
   const auto found = checked_.find(path);
   if (found == checked_.end()) throw FileError(path + ": is not listed among the bundle's files");
   Descriptor descriptor = OpenInside(root_, path);
-  if (Identity::Of(descriptor.get()) != found->second) {
+  Identity now = Identity::Of(descriptor.get());
+  Mapping mapping(path, std::move(descriptor));
+  const auto& [identity, sha256] = found->second;
+  if (now == identity) return mapping;
+  // A link to the file that is made or removed elsewhere (compiles share files with their cache) changes the time of
+  // change alone. Writing in place changes it too, so such a file is read once more.
+  now.changed_ns = identity.changed_ns;
+  Sha256 digest;
+  if (now == identity) digest.Add(mapping.data(), mapping.size_bytes());
+  if (now != identity || digest.Hex() != sha256) {
     throw FileError(path + ": changed while the bundle was in use; start the run again");
   }
-  return Mapping(path, std::move(descriptor));
+  return mapping;
 }
 
 // Every part of the path is opened on its own, so that no link can lead out of the folder.

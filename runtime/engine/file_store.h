@@ -117,8 +117,12 @@ class FileStore {
   Mapping Map(const std::string& path) const;
 
  private:
+  struct Checked {
+    Identity identity;
+    std::string sha256;
+  };
   std::string root_;
-  std::map<std::string, Identity> checked_;
+  std::map<std::string, Checked> checked_;
 };
 
 }  // namespace movd

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -259,6 +260,25 @@ def test_a_file_that_changes_is_named(bundle: Path, denoiser: Case, opened: Open
     engine = opened(copy)
     program = next(one for one in Bundle.read(copy).manifest.partitions if one.name == "denoiser.plain.0").program
     (copy / program).write_bytes((copy / program).read_bytes()[:100])
+    assert engine.run(DENOISER, denoiser.inputs, denoiser.outputs()) == FILE_ERROR
+    assert engine.said().startswith(f"{copy}: {program}: changed while the bundle was in use")
+
+
+def test_a_link_to_a_file_is_no_change_and_a_hidden_write_is(
+    bundle: Path, denoiser: Case, opened: Opened, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    program = next(one for one in Bundle.read(copy).manifest.partitions if one.name == "denoiser.plain.0").program
+    engine = opened(copy)
+    os.link(copy / program, tmp_path / "in-a-cache")
+    assert engine.run(DENOISER, denoiser.inputs, denoiser.outputs()) == OK
+
+    engine = opened(copy)
+    before = (copy / program).stat()
+    with (copy / program).open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        file.write(b"x")
+    os.utime(copy / program, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert engine.run(DENOISER, denoiser.inputs, denoiser.outputs()) == FILE_ERROR
     assert engine.said().startswith(f"{copy}: {program}: changed while the bundle was in use")
 
