@@ -122,7 +122,7 @@ def _weights(
 ) -> tuple[str, ...]:
     """A file for each group of the piece's weights, so that variants share those of the checkpoint."""
     paths = []
-    for group in dict.fromkeys(weight.group for weight in piece.weights):
+    for group in ("weights", "tables"):  # what variants share comes first, and they share what is packed of it, too
         refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
         if own := [slot for slot in slots if slot.weight in refs]:
             entry = _weights_file(own, refs, target, cache)

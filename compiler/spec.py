@@ -34,6 +34,8 @@ class TextEncoderSpec(ModelSpec):
     """The text encoder, and how many tokens a prompt may have."""
 
     max_tokens: int = Field(ge=1)
+    # Shorter lengths that are compiled too: a prompt runs at the shortest that holds it, with the same result.
+    buckets: list[Annotated[int, Field(ge=1)]] = []
     tokenizer: str | None = None  # a folder relative to the YAML; None is where the weights are
 
 

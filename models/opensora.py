@@ -117,12 +117,20 @@ class OpenSora(Family):
         denoiser_config = _sized(spec_file, "denoiser", STDiT3Config.from_dict)
         _check_tensors(spec_file, text_config, denoiser_config, vae_config)
         tokenizer_json, pad_id = _tokenizer(spec_file)
+        prompt = Prompt(
+            tokenizer=TOKENIZER,
+            max_tokens=spec.text_encoder.max_tokens,
+            buckets=_buckets(spec_file),
+            pad_id=pad_id,
+            aesthetic=spec.prompt.aesthetic,
+            cleaning="open-sora",
+        )
         return Program(
             spec=spec,
             machine=machine,
             stages=(
-                _text_stage(spec_file, text_config),
-                _denoiser_stage(spec_file, denoiser_config, latent, text_config.d_model),
+                _text_stage(spec_file, prompt, text_config),
+                _denoiser_stage(spec_file, prompt, denoiser_config, latent, text_config.d_model),
                 *_vae_stages(spec_file, vae_config, chunks, latent, micro_batch_frames),
             ),
             sampler=self.sampler(spec_file),
@@ -130,13 +138,7 @@ class OpenSora(Family):
                 chunks=tuple(Chunk(variant=_chunk_name(n), latent_frames=t, frames=n) for t, n in chunks),
                 micro_batch_frames=micro_batch_frames,
             ),
-            prompt=Prompt(
-                tokenizer=TOKENIZER,
-                max_tokens=spec.text_encoder.max_tokens,
-                pad_id=pad_id,
-                aesthetic=spec.prompt.aesthetic,
-                cleaning="open-sora",
-            ),
+            prompt=prompt,
             tokenizer_json=tokenizer_json,
         )
 
@@ -152,6 +154,16 @@ def _check_frames(spec_file: SpecFile) -> None:
         raise spec_file.error("video.frames", f"{frames} is neither 1 nor at least 17; take 1 or 17")
 
 
+def _buckets(spec_file: SpecFile) -> tuple[int, ...]:
+    text = spec_file.spec.text_encoder
+    lengths = [*text.buckets, text.max_tokens]
+    if lengths != sorted(set(lengths)):
+        raise spec_file.error(
+            "text_encoder.buckets", f"{text.buckets}: write them from the shortest up, all below {text.max_tokens}"
+        )
+    return tuple(text.buckets)
+
+
 def timestep_shift(video: VideoSpec) -> float:
     """r of the timestep transform t' = r t / (1 + (r - 1) t): larger videos spend more steps at high noise."""
     latent_length = 1 if video.frames == 1 else video.frames // 17 * 5
@@ -162,29 +174,33 @@ def _f32(name: str, *shape: int) -> TensorSpec:
     return TensorSpec(name=name, dtype="f32", shape=shape)
 
 
-def _text_stage(spec_file: SpecFile, config: T5Config) -> Stage:
-    tokens = spec_file.spec.text_encoder.max_tokens
-    inputs = (TensorSpec(name="input_ids", dtype="i64", shape=(1, tokens)), _f32("text_mask", 1, tokens))
+def _text_stage(spec_file: SpecFile, prompt: Prompt, config: T5Config) -> Stage:
     config._attn_implementation = "eager"
-    graph = _trace(spec_file, "text_encoder", "t5.", partial(TextEncoder, config), inputs, "text")
-    return Stage("text_encoder", "once", {"plain": graph})
+
+    def traced(tokens: int) -> Graph:
+        inputs = (TensorSpec(name="input_ids", dtype="i64", shape=(1, tokens)), _f32("text_mask", 1, tokens))
+        return _trace(spec_file, "text_encoder", "t5.", partial(TextEncoder, config), inputs, "text")
+
+    return Stage("text_encoder", "once", {prompt.variant("plain", tokens): traced(tokens) for tokens in prompt.lengths})
 
 
-def _denoiser_stage(spec_file: SpecFile, config: STDiT3Config, latent: tuple[int, ...], text_channels: int) -> Stage:
+def _denoiser_stage(
+    spec_file: SpecFile, prompt: Prompt, config: STDiT3Config, latent: tuple[int, ...], text_channels: int
+) -> Stage:
     spec = spec_file.spec
-    tokens = spec.text_encoder.max_tokens
     if config.caption_channels != text_channels:
         raise spec_file.error(
             "denoiser.weights",
             f"expects text of {config.caption_channels} channels, the text encoder gives {text_channels}; "
             "take both from one release",
         )
-    if tokens > config.model_max_length:
+    if prompt.max_tokens > config.model_max_length:
         raise spec_file.error(
-            "text_encoder.max_tokens", f"{tokens} is more than the denoiser's {config.model_max_length}; lower it"
+            "text_encoder.max_tokens",
+            f"{prompt.max_tokens} is more than the denoiser's {config.model_max_length}; lower it",
         )
 
-    def retrace(frames: int) -> Graph:
+    def traced(tokens: int, frames: int) -> Graph:
         inputs = (
             _f32("latents", *latent[:2], frames, *latent[3:]),
             _f32("timestep", 1),
@@ -193,13 +209,17 @@ def _denoiser_stage(spec_file: SpecFile, config: STDiT3Config, latent: tuple[int
         )
         return _trace(spec_file, "denoiser", "stdit.", partial(Denoiser, config, spec.video), inputs, "velocity")
 
-    layout = TokenLayout(
-        frames=latent[2],
-        attentions=("stdit.*_blocks.*.attn", "stdit.*_blocks.*.cross_attn"),
-        mlps=("stdit.*_blocks.*.mlp",),
-        retrace=retrace,
-    )
-    return Stage("denoiser", "per_step", {"plain": replace(retrace(latent[2]), layout=layout)})
+    def plain(tokens: int) -> Graph:
+        retrace = partial(traced, tokens)
+        layout = TokenLayout(
+            frames=latent[2],
+            attentions=("stdit.*_blocks.*.attn", "stdit.*_blocks.*.cross_attn"),
+            mlps=("stdit.*_blocks.*.mlp",),
+            retrace=retrace,
+        )
+        return replace(retrace(latent[2]), layout=layout)
+
+    return Stage("denoiser", "per_step", {prompt.variant("plain", tokens): plain(tokens) for tokens in prompt.lengths})
 
 
 def _vae_stages(

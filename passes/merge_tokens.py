@@ -116,10 +116,12 @@ class MergeTokens(Pass):
         """Add the variant to every stage with a layout, and give it its steps."""
         stages, notes = [], []
         for stage in program.stages:
-            if stage.layout and stage.layout.frames > 1 and "merged" not in stage.variants:
-                merged, sites = self._merged(stage.variants["plain"], stage.layout)
-                stage = replace(stage, variants={**stage.variants, "merged": merged})
-                notes.append(f"{stage.name}: {sites} sites merged")
+            for variant, plain in stage.variants.items() if "merged" not in stage.variants else ():
+                if plain.layout and plain.layout.frames > 1:
+                    merged, sites = self._merged(plain, plain.layout)
+                    name = variant.replace("plain", "merged")  # one for each length of prompts
+                    stage = replace(stage, variants={**stage.variants, name: merged})
+                    notes.append(f"{stage.name} ({variant}): {sites} sites merged")
             stages.append(stage)
         if not notes:
             return PassResult(program, False, "nothing to merge")

@@ -216,9 +216,25 @@ class Prompt(_Record):
 
     tokenizer: BundlePath  # a `tokenizers` JSON file
     max_tokens: int
+    # Shorter lengths, the shortest first. A prompt of at most so many tokens is padded to that length, and runs the
+    # variants of text_encoder and denoiser for it (`variant`), whose weights are the same.
+    buckets: tuple[int, ...] = ()
     pad_id: int
     aesthetic: float | None  # the score appended to a prompt that names none; None appends nothing
     cleaning: Literal["open-sora"]
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that prompts are padded to; max_tokens first."""
+        return self.max_tokens, *self.buckets
+
+    def length_for(self, tokens: int) -> int:
+        """The shortest length that holds so many tokens, max_tokens if none does."""
+        return min((length for length in self.lengths if tokens <= length), default=self.max_tokens)
+
+    def variant(self, name: str, length: int) -> str:
+        """What the variant `name` ("plain", "merged") is called for prompts of a length: plain-64."""
+        return name if length == self.max_tokens else f"{name}-{length}"
 
 
 class Video(_Record):

@@ -73,24 +73,26 @@ class Generator:
         tokens = tokenize(prepare(prompt, manifest.prompt), manifest.prompt, tokenizer_json)
         seconds: dict[str, float] = {}
         text_mask = tokens.mask.astype(np.float32)
+        length = text_mask.shape[1]
 
         start = time.perf_counter()
         text: dict[str, Array] = {}
         if not is_over(point, sampler):
             on_progress("text_encoder", 0, 1)
-            text = self._encode({"input_ids": tokens.ids, "text_mask": text_mask})
+            text = self._encode(
+                manifest.prompt.variant("plain", length), {"input_ids": tokens.ids, "text_mask": text_mask}
+            )
             on_progress("text_encoder", 1, 1)
         seconds["text_encoder"] = time.perf_counter() - start
 
-        def variant(step: int) -> str | None:
-            if step == sampler.units[0]:
-                return None
+        def variant(step: int) -> str:
             merged = step < sampler.merged_steps and "merged" in self._denoiser_variants
-            return "merged" if merged else "plain"
+            return manifest.prompt.variant("merged" if merged else "plain", length)
 
         def denoise(z: Array, timestep: Array, step: int) -> Array:
             inputs = {"latents": z, "timestep": timestep, "text_mask": text_mask, **text}
-            return run("denoiser", variant(step) or "plain", inputs, variant(step + 1))["velocity"]
+            then = variant(step + 1) if step + 1 < sampler.units[0] else None
+            return run("denoiser", variant(step), inputs, then)["velocity"]
 
         start = time.perf_counter()
         latents, trajectory = sample(
@@ -107,13 +109,13 @@ class Generator:
         seconds["vae"] = time.perf_counter() - start
         return Result(latents, frames, seconds, trajectory, tokens.dropped)
 
-    def _encode(self, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    def _encode(self, variant: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The text encoder's outputs, kept ones if there are any."""
-        outputs = None if self._prompts is None else self._prompts.find(self._bundle, inputs)
+        outputs = None if self._prompts is None else self._prompts.find(self._bundle, variant, inputs)
         if outputs is None:
-            outputs = self._executor.run("text_encoder", "plain", inputs)
+            outputs = self._executor.run("text_encoder", variant, inputs)
             if self._prompts is not None:
-                self._prompts.keep(self._bundle, inputs, outputs)
+                self._prompts.keep(self._bundle, variant, inputs, outputs)
         return outputs
 
     def _decode(self, latents: Array, journal: Journal | None, on_progress: Progress) -> Frames:

@@ -127,11 +127,13 @@ class Journal:
 
     def _take(self) -> None:
         """Lock the folder, so that no other run writes there; the lock goes with the process, however that ends."""
-        self._lock = os.open(self.folder, os.O_RDONLY)
         try:
+            self._lock = os.open(self.folder, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise JournalError(f"{self.folder}: another run is making this video; wait for its end") from None
+        except OSError as error:
+            raise JournalError(f"{self.folder}: cannot be locked ({error.strerror})") from None
 
     def _clear(self) -> None:
         """Remove what runs wrote; the point first, for without it the others mean nothing."""

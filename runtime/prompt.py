@@ -18,7 +18,7 @@ from movdc.runtime.errors import RunError
 
 @dataclass(frozen=True)
 class Tokens:
-    """Token ids and mask, [1, L] int64, and how many tokens did not fit."""
+    """Token ids and mask, [1, L] int64 of one of the prompt's lengths, and how many tokens did not fit."""
 
     ids: np.ndarray[Any, np.dtype[np.int64]]
     mask: np.ndarray[Any, np.dtype[np.int64]]
@@ -36,7 +36,7 @@ def prepare(text: str, prompt: Prompt) -> str:
 
 
 def tokenize(text: str, prompt: Prompt, tokenizer_json: bytes) -> Tokens:
-    """Tokens of a prepared prompt, cut to max_tokens with the end-of-sequence token kept, padded to max_tokens."""
+    """Tokens of a prepared prompt, cut to max_tokens with the end-of-sequence token kept, padded to a bucket."""
     tokenizer = Tokenizer.from_buffer(tokenizer_json)
     tokenizer.no_padding()
     tokenizer.no_truncation()
@@ -44,9 +44,10 @@ def tokenize(text: str, prompt: Prompt, tokenizer_json: bytes) -> Tokens:
     dropped = max(0, len(ids) - prompt.max_tokens)
     if dropped:
         ids = [*ids[: prompt.max_tokens - 1], ids[-1]]
-    padded = np.full((1, prompt.max_tokens), prompt.pad_id, np.int64)
+    length = prompt.length_for(len(ids))
+    padded = np.full((1, length), prompt.pad_id, np.int64)
     padded[0, : len(ids)] = ids
-    mask = (np.arange(prompt.max_tokens) < len(ids)).astype(np.int64)[None]
+    mask = (np.arange(length) < len(ids)).astype(np.int64)[None]
     return Tokens(padded, mask, dropped)
 
 

@@ -36,9 +36,9 @@ class PromptCache:
         except OSError as error:
             raise self._cannot("made", error) from None
 
-    def find(self, bundle: Bundle, inputs: Mapping[str, Array]) -> dict[str, Array] | None:
-        """What the encoder of a bundle makes of these inputs, if that is known."""
-        path = self._path(bundle, inputs)
+    def find(self, bundle: Bundle, variant: str, inputs: Mapping[str, Array]) -> dict[str, Array] | None:
+        """What a variant of the encoder of a bundle makes of these inputs, if that is known."""
+        path = self._path(bundle, variant, inputs)
         try:
             outputs = read_sealed(path)
         except DamagedError:
@@ -48,18 +48,18 @@ class PromptCache:
                 os.utime(path)  # the time of change tells what was used last
         return outputs
 
-    def keep(self, bundle: Bundle, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
-        """Keep what the encoder of a bundle has made of these inputs."""
+    def keep(self, bundle: Bundle, variant: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]) -> None:
+        """Keep what a variant of the encoder of a bundle has made of these inputs."""
         try:
-            write_sealed(self._path(bundle, inputs), outputs)
+            write_sealed(self._path(bundle, variant, inputs), outputs)
         except OSError as error:
             raise self._cannot("written", error) from None
         self._trim()
 
-    def _path(self, bundle: Bundle, inputs: Mapping[str, Array]) -> Path:
+    def _path(self, bundle: Bundle, variant: str, inputs: Mapping[str, Array]) -> Path:
         digests = {file.path: file.sha256 for file in bundle.manifest.files}
         parts: list[object] = []
-        for name in bundle.stages["text_encoder"].variants["plain"].order:
+        for name in bundle.stages["text_encoder"].variants[variant].order:
             one = bundle.partitions[name]
             files = [digests[path] for path in (one.program, *one.weights)]
             parts.append([files, [spec.name for spec in one.inputs], [spec.name for spec in one.outputs]])

@@ -38,6 +38,12 @@ def example_with(tmp_path: Path, example: Path) -> Callable[[str, str], Path]:
         pytest.param("fps: 12", "fps: fast", "video.fps: .*got 'fast'", id="wrong type"),
         pytest.param("max_tokens: 24", "max_tokens: -1", "text_encoder.max_tokens: .*got -1", id="out of range"),
         pytest.param("movdc: 1", "movdc: 7", "movdc: .*got 7", id="format version"),
+        pytest.param(
+            "max_tokens: 24",
+            "max_tokens: 24, buckets: [16, 24]",
+            r"text_encoder.buckets: \[16, 24\]: write them from the shortest up, all below 24",
+            id="buckets",
+        ),
         pytest.param(", max_tokens: 24", "", "text_encoder.max_tokens: is required but missing", id="missing key"),
         pytest.param("device: host", "device: host\ndevice: host", "device: is given twice", id="duplicate key"),
         pytest.param("video:        {", "video:        [", "is not YAML", id="not YAML"),

@@ -138,6 +138,15 @@ def test_modified_is_honest_and_steps_go_to_the_sampler(toy: ToyGraph, program_o
     assert MergeTokens()(replace(plain, sampler=units)).program.sampler.merged_steps == 5
 
 
+def test_each_length_of_prompts_gets_its_merged_variant(toy: ToyGraph, program_of: ProgramOf) -> None:
+    plain = program_of(denoiser=toy(Toy(), 4))
+    (stage,) = plain.stages
+    two = replace(plain, stages=(replace(stage, variants={**stage.variants, "plain-64": toy(Toy(), 4)}),))
+    first = MergeTokens()(two).program
+    assert list(first.stages[0].variants) == ["plain", "plain-64", "merged", "merged-64"]
+    assert not MergeTokens()(first).modified
+
+
 @pytest.mark.parametrize(
     ("options", "layout", "why"),
     [

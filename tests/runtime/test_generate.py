@@ -75,6 +75,17 @@ def test_the_first_steps_run_the_merged_variant(
     assert made.trajectory.evaluations == len(expected)
 
 
+def test_a_short_prompt_runs_the_variants_of_its_length() -> None:
+    variants = ("plain", "merged", "plain-8", "merged-8")
+    bundle = _bundle(variants, merged_steps=3)
+    prompt = bundle.manifest.prompt.model_copy(update={"buckets": (8,)})
+    bundle = Bundle(bundle.root, bundle.manifest.model_copy(update={"prompt": prompt}))
+    for text, ending in (("a red circle", "-8"), ("a red circle moving down on a black background", "")):
+        executor = Straight()
+        Generator(bundle, executor).generate(text)
+        assert executor.ran == [f"merged{ending}"] * 3 + [f"plain{ending}"] * 5
+
+
 def test_a_leap_by_half_follows_the_steps_of_the_run() -> None:
     generator = Generator(_bundle(("plain",), leap=LeapRule(mode="fixed")), Straight())
     assert [generator.generate("a red circle", steps=n).trajectory.leap_step for n in (None, 4, 2)] == [4, 2, None]

@@ -48,3 +48,13 @@ def test_a_long_prompt_keeps_its_end_of_sequence_token() -> None:
     assert tokens.dropped == 17
     assert tokens.ids[0, -1] == 1
     assert tokens.mask.all()
+
+
+@pytest.mark.parametrize(("words", "length"), [(3, 4), (4, 16), (15, 16), (16, 24), (40, 24)])
+def test_a_prompt_is_padded_to_the_shortest_length_that_holds_it(words: int, length: int) -> None:
+    bucketed = PROMPT.model_copy(update={"buckets": (4, 16)})
+    tokens, padded = (tokenize("red " * words, one, TOKENIZER) for one in (bucketed, PROMPT))  # one more ends it
+    assert tokens.ids.shape == tokens.mask.shape == (1, length)
+    assert np.array_equal(tokens.ids, padded.ids[:, :length])
+    assert tokens.mask.sum() == padded.mask.sum() == min(words + 1, 24)
+    assert tokens.dropped == padded.dropped

@@ -46,12 +46,14 @@ def _bundle(*weights: str, order: tuple[int, ...] = (0, 1)) -> Bundle:
 
 
 def _known(cache: PromptCache, bundle: Bundle, inputs: Mapping[str, Array]) -> bool:
-    return cache.find(bundle, inputs) is not None
+    return cache.find(bundle, "plain", inputs) is not None
 
 
 def test_what_was_kept_is_found_by_another_bundle_with_the_same_encoder(tmp_path: Path) -> None:
-    PromptCache(tmp_path / "prompts").keep(_bundle(), INPUTS, OUTPUTS)
-    found = PromptCache(tmp_path / "prompts").find(_bundle(), {name: INPUTS[name].copy() for name in reversed(INPUTS)})
+    PromptCache(tmp_path / "prompts").keep(_bundle(), "plain", INPUTS, OUTPUTS)
+    found = PromptCache(tmp_path / "prompts").find(
+        _bundle(), "plain", {name: INPUTS[name].copy() for name in reversed(INPUTS)}
+    )
     assert found is not None
     assert found.keys() == OUTPUTS.keys()
     assert found["text"].dtype == np.float32
@@ -60,7 +62,7 @@ def test_what_was_kept_is_found_by_another_bundle_with_the_same_encoder(tmp_path
 
 def test_another_encoder_or_other_tokens_are_not_known(tmp_path: Path) -> None:
     cache = PromptCache(tmp_path)
-    cache.keep(_bundle(), INPUTS, OUTPUTS)
+    cache.keep(_bundle(), "plain", INPUTS, OUTPUTS)
     assert not _known(cache, _bundle("00", "22"), INPUTS)
     assert not _known(cache, _bundle("11", "00"), INPUTS)
     assert not _known(cache, _bundle(order=(1, 0)), INPUTS)
@@ -75,11 +77,11 @@ def test_another_encoder_or_other_tokens_are_not_known(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_as_good_as_none_and_made_anew(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     cache = PromptCache(tmp_path)
-    cache.keep(_bundle(), INPUTS, OUTPUTS)
+    cache.keep(_bundle(), "plain", INPUTS, OUTPUTS)
     (path,) = tmp_path.iterdir()
     path.write_bytes(damage(path.read_bytes()))
     assert not _known(cache, _bundle(), INPUTS)
-    cache.keep(_bundle(), INPUTS, OUTPUTS)
+    cache.keep(_bundle(), "plain", INPUTS, OUTPUTS)
     assert _known(cache, _bundle(), INPUTS)
 
 
@@ -88,14 +90,14 @@ def test_what_was_used_least_goes_and_what_a_stopped_writer_left(tmp_path: Path)
     prompts = [{**INPUTS, "input_ids": INPUTS["input_ids"] + place} for place in range(5)]
     for place, inputs in enumerate(prompts[:4]):
         before = set(tmp_path.iterdir())
-        cache.keep(_bundle(), inputs, OUTPUTS)
+        cache.keep(_bundle(), "plain", inputs, OUTPUTS)
         (path,) = set(tmp_path.iterdir()) - before
         os.utime(path, (place + 1, place + 1))
     (tmp_path / ".left.sealed.1.partial").write_bytes(path.read_bytes())
     os.utime(tmp_path / ".left.sealed.1.partial", (0, 0))
     assert _known(cache, _bundle(), prompts[0])  # which makes it the one that was used last
     small = PromptCache(tmp_path, limit_bytes=3 * path.stat().st_size)
-    small.keep(_bundle(), prompts[4], OUTPUTS)
+    small.keep(_bundle(), "plain", prompts[4], OUTPUTS)
     assert [_known(small, _bundle(), inputs) for inputs in prompts] == [True, False, False, True, True]
     assert len(list(tmp_path.iterdir())) == 3
 
@@ -107,7 +109,7 @@ def test_a_folder_that_cannot_be_made_or_written_is_named_with_the_way_out(tmp_p
     cache = PromptCache(tmp_path / "gone")
     (tmp_path / "gone").rmdir()
     with pytest.raises(RunError, match=r"gone: cannot be written \(No such file or directory\); .*--no-cache"):
-        cache.keep(_bundle(), INPUTS, OUTPUTS)
+        cache.keep(_bundle(), "plain", INPUTS, OUTPUTS)
 
 
 @pytest.mark.slow
