@@ -25,7 +25,9 @@ PackedGroups::PackedGroups(const std::map<std::string, PartitionRecord>& partiti
     if (record.weights.empty()) continue;
     Places own;
     for (const WeightsRecord& file : record.weights) {
-      for (const ConstantRecord& constant : file.constants) own[constant.key] = {file.path, constant.offset_bytes};
+      for (const ConstantRecord& constant : file.constants) {
+        if (constant.dtype == "u8") own[constant.key] = {file.path, constant.offset_bytes};  // others are not packed
+      }
     }
     size_t group = 0;
     for (; group < groups_.size(); ++group) {
