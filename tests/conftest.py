@@ -167,27 +167,3 @@ def twin_bundle(compiles: dict[str, Future[Path]]) -> Path:
 def roomy_bundle(compiles: dict[str, Future[Path]]) -> Path:
     """The example compiled for so little memory that the text encoder is cut too."""
     return compiles["roomy_bundle"].result()
-
-
-@pytest.fixture
-def shallow(tmp_path: Path, example: Path) -> Path:
-    """The example's pipeline with one layer of everything and one small frame, so that a compile is short."""
-    spec = yaml.safe_load(example.read_text())
-    checkpoint = example.parent / "checkpoints" / "tiny"
-
-    def config(model: str, **smaller: object) -> dict[str, object]:
-        return json.loads((checkpoint / model / "config.json").read_text()) | smaller
-
-    spec["text_encoder"] |= {
-        "weights": str(checkpoint / "text_encoder"),
-        "config": config("text_encoder", num_layers=1),
-    }
-    spec["denoiser"] = {"weights": str(checkpoint / "denoiser"), "config": config("denoiser", depth=1)}
-    vae = config("vae", spatial={"block_out_channels": [8], "layers_per_block": 1, "norm_num_groups": 2})
-    vae["vae_temporal"] |= {"channel_multipliers": [1, 1, 1], "temporal_downsample": [True, True], "filters": 8}
-    spec["vae"] = {"weights": "random:0", "config": vae}
-    spec["video"] |= {"frames": 1, "height": 16, "width": 16}
-    spec["memory_budget"] = "1GB"
-    path = tmp_path / "shallow.yaml"
-    path.write_text(yaml.safe_dump(spec))
-    return path

@@ -1,5 +1,6 @@
 """`kill -9` during a compile leaves no bundle or a whole one, and the next compile goes on with what was finished."""
 
+import json
 import os
 import random
 import signal
@@ -12,6 +13,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 
 import pytest
+import yaml
 
 from movdc.compiler.cache import Entry, entries
 from movdc.runtime.bundle import MANIFEST, Bundle

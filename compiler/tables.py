@@ -1,0 +1,96 @@
+"""What the command line prints of runs and bundles."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from movdc.compiler.units import format_bytes
+from movdc.runtime.bundle import LayerError, Manifest, Variant
+from movdc.runtime.sampler import Trajectory
+
+if TYPE_CHECKING:
+    from movdc.runtime._engine import RunReport
+
+_WORST_SHOWN = 10
+_COLUMNS = 100  # wider than a pipe's 80, for nothing in a table may be cut off
+
+
+def print_trajectory(console: Console, trajectory: Trajectory) -> None:
+    """How many evaluations the sampler made, where it leapt, and how straight its way was at each step."""
+    leap = ""
+    if trajectory.leap_step is not None and trajectory.sigma is not None:
+        leap = f"; a leap at step {trajectory.leap_step} with {trajectory.sigma:.3f} of the time left"
+    console.print(f"{trajectory.evaluations} evaluations{leap}", highlight=False)
+    cosines = " ".join("-" if math.isnan(cosine) else f"{cosine:.4f}" for cosine in trajectory.cosines)
+    console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
+
+
+def print_reports(console: Console, reports: Mapping[str, Sequence[RunReport]]) -> None:
+    """What each stage took on both lanes, and what it held."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("stage", "calls", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for stage, some in reports.items():
+        wall_s, load_s, run_s, wait_s = (
+            sum(getattr(one, name) for one in some) for name in ("wall_s", "load_s", "run_s", "wait_s")
+        )
+        hidden = f"{max(0.0, 1 - wait_s / load_s):.0%}" if load_s > 0 else "-"  # of loading, behind running
+        times = (f"{seconds:.2f} s" for seconds in (wall_s, load_s, run_s, wait_s))
+        peak, read = max(one.peak_bytes for one in some), sum(one.read_bytes for one in some)
+        stay = str(len(some[-1].pinned))
+        table.add_row(stage, str(len(some)), *times, hidden, format_bytes(peak), stay, format_bytes(read))
+    Console(width=max(console.width, _COLUMNS)).print(table)
+
+
+def print_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
+    """The partitions, the levels of each stage, what int8 loses, and the predicted peak."""
+    title = f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}; sizes in KiB"
+    table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
+    text = ("partition", "program", "weight files")
+    for column in ("partition", "weights", "working", "in", "out", "MFLOP", "program", "weight files"):
+        table.add_column(column, justify="left" if column in text else "right", no_wrap=True)
+    table.caption = "files by the first 8 digits of their names"
+    for one in manifest.partitions:
+        tensors = [sum(spec.size_bytes for spec in specs) for specs in (one.inputs, one.outputs)]
+        sizes = (f"{size / 1024:.0f}" for size in (one.weight_bytes, one.workspace_bytes + one.planned_bytes, *tensors))
+        files = (Path(path).stem[:8] for path in (one.program, *one.weights))
+        table.add_row(one.name, *sizes, f"{one.flops / 1e6:.0f}", next(files), " ".join(files) or "-")
+    Console(width=max(console.width, _COLUMNS)).print(table)
+    for stage in manifest.stages:
+        for name, variant in stage.variants.items():
+            console.print(
+                f"{stage.name} ({name}), {stage.cadence}: {len(variant.order)} partitions, "
+                f"peak {format_bytes(variant.peak_bytes)}, {_kept(variant, manifest.budget_bytes)}"
+            )
+    if manifest.quantization:
+        console.print(_quantization_table(manifest.quantization))
+    console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")
+
+
+def _kept(variant: Variant, budget_bytes: int) -> str:
+    """What the budget lets stay loaded, and what would let everything stay."""
+    level = [level for level in variant.residency if level.needs_bytes <= budget_bytes][-1]
+    waiting = f", {len(level.waits)} wait" if level.waits else ""
+    return (
+        f"{len(level.pinned)} stay, {level.prefetch} ahead{waiting}; levels of residency from "
+        f"{format_bytes(variant.residency[0].needs_bytes)} to {format_bytes(variant.residency[-1].needs_bytes)}"
+    )
+
+
+def _quantization_table(errors: Sequence[LayerError]) -> Table:
+    """The worst of the quantized weights, each with the ratio of signal to error."""
+    table = Table(title=f"{len(errors)} int8 weights, the worst first")
+    for column in ("stage", "weight", "SQNR"):
+        table.add_column(column, justify="right" if column == "SQNR" else "left")
+    for error in errors[:_WORST_SHOWN]:
+        table.add_row(error.stage, error.key, f"{error.sqnr_db:.1f} dB")
+    if len(errors) > _WORST_SHOWN:
+        table.caption = f"{len(errors) - _WORST_SHOWN} more are in bundle.json"
+    return table
