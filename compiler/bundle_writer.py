@@ -25,13 +25,18 @@ class BundleWriter:
         self.entries: dict[str, str] = {}  # the key of the cache that each file came from
         self.weights: dict[str, WeightsFile] = {}
 
+    @staticmethod
+    def program_path(entry: Entry, suffix: str) -> str:
+        """Where a lowered program goes in the bundle."""
+        return _path("programs", entry, suffix)
+
     def add_program(self, entry: Entry, suffix: str) -> str:
         """Take a lowered program in; returns its path in the bundle."""
-        return self._add(entry, "programs", suffix)
+        return self._add("programs", entry, suffix)
 
     def add_weights(self, entry: Entry, suffix: str, constants: tuple[Constant, ...]) -> str:
         """Take a file of weights in, unless one of the same content is there; returns its path in the bundle."""
-        path = self._add(entry, "weights", suffix)
+        path = self._add("weights", entry, suffix)
         self.weights[path] = WeightsFile(path=path, constants=constants)
         return path
 
@@ -48,11 +53,15 @@ class BundleWriter:
         self.files[path] = File(path=path, size_bytes=entry.size_bytes, sha256=entry.sha256)
         self.entries[path] = entry.key
 
-    def _add(self, entry: Entry, folder: str, suffix: str) -> str:
-        path = f"{folder}/{entry.sha256[:16]}{suffix}"
+    def _add(self, folder: str, entry: Entry, suffix: str) -> str:
+        path = _path(folder, entry, suffix)
         if path not in self.files:
             self.add_entry(path, entry)
         return path
+
+
+def _path(folder: str, entry: Entry, suffix: str) -> str:
+    return f"{folder}/{entry.sha256[:16]}{suffix}"
 
 
 @contextmanager

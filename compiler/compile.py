@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -23,7 +24,10 @@ from movdc.compiler.program import Program
 from movdc.compiler.residency import most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
+from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Sampler, Stage, Video
+
+_PLANS = 4  # that are tried, each with more in reserve than the one before
 
 
 def compile_bundle(
@@ -50,9 +54,9 @@ def compile_bundle(
         key = compile_key(spec_file.spec, checkpoints, target, machine, passes)
         made = None if dump else recall(key, family.sampler(spec_file), passes, writer, cache)
         if made is None:
-            program, planners = _optimise(spec_file, family, machine, phases, dump, progress, note)
-            _refuse(program, target)
-            made = _lower(program, family, target, writer, cache, progress, jobs)
+            made, planners = _plan_and_lower(
+                spec_file, family, target, machine, phases, dump, writer, cache, progress, note, jobs
+            )
             remember(key, made, planners, writer, cache)
         manifest = made.model_copy(
             update={
@@ -74,6 +78,37 @@ def _pin(spec_file: SpecFile, checkpoints: Sequence[Checkpoint], note: Callable[
             note(one.section, f"{model.weights} at commit {one.commit}, licence {one.licence}")
             pinned = model.model_copy(update={"revision": one.commit})
             spec_file.spec = spec_file.spec.model_copy(update={one.section: pinned})
+
+
+def _plan_and_lower(
+    spec_file: SpecFile,
+    family: Family,
+    target: Target,
+    machine: Machine,
+    phases: Sequence[tuple[str, Sequence[Pass]]],
+    dump: Path | None,
+    writer: BundleWriter,
+    cache: CompileCache,
+    progress: Progress,
+    note: Callable[[str, str], None],
+    jobs: int,
+) -> tuple[Manifest, list[str]]:
+    """The manifest, and the passes that wrote into the sampler's plan.
+
+    The planner estimates what programs take, and lowering measures it: where that is more than the budget, it is
+    planned again with so much in reserve, and what is cut as before comes from the cache.
+    """
+    for left in range(_PLANS - 1, -1, -1):
+        program, planners = _optimise(spec_file, family, machine, phases, dump, progress, note)
+        _refuse(program, target)
+        try:
+            return _lower(program, family, target, writer, cache, progress, jobs), planners
+        except BudgetError as error:
+            if left == 0 or not any(one.name == "partition" for _, passes in phases for one in passes):
+                raise
+            machine = replace(machine, reserve_bytes=machine.reserve_bytes + error.excess_bytes)
+            note("lower", f"{error.stage} takes {format_bytes(error.excess_bytes)} more than estimated: planned again")
+    raise InternalError("nothing was planned")
 
 
 def _lower(

@@ -45,6 +45,12 @@ class Machine:
     value_copies: float = 1.0  # bytes that a running program takes, per byte of the values within it
     node_bytes: int = 0  # that a program takes for each of its nodes, as long as its stage runs
     slab_bytes: int = 0  # what the engine reads files through, held all the time
+    reserve_bytes: int = 0  # of the budget, for what the planner's estimates have missed
+
+    @property
+    def plan_bytes(self) -> int:
+        """The part of the budget that a plan may fill by its estimates."""
+        return self.budget_bytes - self.reserve_bytes
 
     @classmethod
     def of(

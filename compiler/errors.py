@@ -8,11 +8,12 @@ class MovdcError(Exception):
 
 
 class BudgetError(MovdcError):
-    """A stage does not fit into the memory budget however it is cut."""
+    """A stage does not fit into the memory budget, however it is cut or as it was cut: then it has an excess."""
 
-    def __init__(self, stage: str, message: str) -> None:
+    def __init__(self, stage: str, message: str, excess_bytes: int = 0) -> None:
         super().__init__(f"{stage}: {message}")
         self.stage = stage
+        self.excess_bytes = excess_bytes
 
 
 class InternalError(Exception):

@@ -34,9 +34,9 @@ class Lowered:
 
 @dataclass(frozen=True)
 class _Program:
-    """A template's program in the bundle, as the cache notes it."""
+    """A template's program, and what is known of it."""
 
-    path: str
+    entry: Entry
     slots: tuple[Slot, ...]
     memory: Memory
 
@@ -46,36 +46,44 @@ def lower(
 ) -> Lowered:
     """Lower each template once, in `jobs` processes, and write the weights of every partition, unless they are cached.
 
-    Raises BudgetError if no level of residency fits the budget.
+    Raises BudgetError if no level of residency fits the budget, before anything is written to the bundle.
     """
-    pieces = {(stage, variant): split(graph) for stage, variant, graph in program.graphs()}
     templates: dict[str, Piece] = {}
-    template_of: dict[tuple[str, str], list[str]] = {}
+    lowered_as: dict[str, str] = {}  # the template of each partition
+    pieces: dict[tuple[str, str], dict[str, Piece]] = {}
     for stage_name, variant, graph in program.graphs():
-        key = stage_name, variant
-        template_of[key] = list(graph.templates) or [_name(*key, index) for index in range(len(pieces[key]))]
-        for template, piece in zip(template_of[key], pieces[key], strict=True):
-            templates.setdefault(template, piece)
-    programs = _programs(templates, target, writer, cache, progress, jobs)
-    total = sum(len(some) for some in pieces.values())
-    made: list[Partition] = []
+        own = {_name(stage_name, variant, index): piece for index, piece in enumerate(split(graph))}
+        pieces[stage_name, variant] = own
+        for name, template in zip(own, graph.templates or own, strict=True):
+            lowered_as[name] = template
+            templates.setdefault(template, own[name])
+    programs = _programs(templates, target, cache, progress, jobs)
+    made: dict[str, Partition] = {}
     stages = []
-    errors = LayerErrors()
     for stage in program.stages:
         variants = {}
         for variant, graph in stage.variants.items():
-            first = len(made)
-            for index, piece in enumerate(pieces[stage.name, variant]):
-                own = programs[template_of[stage.name, variant][index]]
-                weights = _weights(piece, own.slots, target, writer, cache, partial(errors.add, stage.name))
-                made.append(_partition(_name(stage.name, variant, index), piece, own.path, weights, own.memory))
-                progress("weights", len(made), total)
-            chain = Chain.of(made[first:], graph.inputs, program.machine.slab_bytes)
+            parts = []
+            for name, piece in pieces[stage.name, variant].items():
+                one = programs[lowered_as[name]]
+                parts.append(_partition(name, piece, writer.program_path(one.entry, target.program_suffix), one.memory))
+            chain = Chain.of(parts, graph.inputs, program.machine.slab_bytes)
             variants[variant] = variant_of(
                 chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
             )
+            made |= {part.name: part for part in parts}
         stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
-    return Lowered(tuple(stages), tuple(made), errors.worst_first())
+    errors = LayerErrors()
+    written = 0
+    for (stage_name, _), own in pieces.items():
+        for name, piece in own.items():
+            one = programs[lowered_as[name]]
+            writer.add_program(one.entry, target.program_suffix)
+            weights = _weights(piece, one.slots, target, writer, cache, partial(errors.add, stage_name))
+            made[name] = made[name].model_copy(update={"weights": weights})
+            written += 1
+            progress("weights", written, len(made))
+    return Lowered(tuple(stages), tuple(made.values()), errors.worst_first())
 
 
 def _name(stage: str, variant: str, index: int) -> str:
@@ -83,20 +91,15 @@ def _name(stage: str, variant: str, index: int) -> str:
 
 
 def _programs(
-    templates: Mapping[str, Piece],
-    target: Target,
-    writer: BundleWriter,
-    cache: CompileCache,
-    progress: Progress,
-    jobs: int,
+    templates: Mapping[str, Piece], target: Target, cache: CompileCache, progress: Progress, jobs: int
 ) -> dict[str, _Program]:
-    """The program of each template, in the bundle; one that is made goes to the cache at once."""
+    """The program of each template; one that is made goes to the cache at once."""
     keys = {template: key_of("program", target.identity, piece.text()) for template, piece in templates.items()}
     programs: dict[str, _Program] = {}
 
     def add(template: str, entry: Entry) -> None:
-        note = entry.note | {"path": writer.add_program(entry, target.program_suffix)}
-        programs[template] = TypeAdapter(_Program).validate_python(note)
+        slots = TypeAdapter(tuple[Slot, ...]).validate_python(entry.note["slots"])
+        programs[template] = _Program(entry, slots, Memory(**entry.note["memory"]))
         progress("lower", len(programs), len(templates))
 
     def done(template: str, artifact: Artifact) -> None:
@@ -154,11 +157,12 @@ def _weights_file(slots: list[Slot], refs: Mapping[str, WeightRef], target: Targ
     return cache.put(before, path, written.sha256, note)
 
 
-def _partition(name: str, piece: Piece, program: str, weights: tuple[str, ...], memory: Memory) -> Partition:
+def _partition(name: str, piece: Piece, program: str, memory: Memory) -> Partition:
+    """A partition whose weights are not written yet."""
     return Partition(
         name=name,
         program=program,
-        weights=weights,
+        weights=(),
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),
         weight_bytes=piece.weight_bytes,

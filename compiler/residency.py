@@ -143,6 +143,7 @@ def variant_of(
             stage,
             f"holds {first_needs_bytes} bytes, the budget is {machine.budget_bytes}; "
             "run the pass partition, or raise memory_budget",
+            first_needs_bytes - machine.budget_bytes,
         )
     best = [level for level in levels if level.needs_bytes <= machine.budget_bytes][-1]
     return Variant(

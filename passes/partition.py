@@ -130,6 +130,7 @@ def _infeasible(program: Program) -> BudgetError:
         node = graph.compute_nodes[positions[step + 1][0] - 1]
         smallest.append((needed_bytes, stage, f"%{node.name} ({node.target})"))
     needed_bytes, stage, where = max(smallest)
+    needed_bytes += program.machine.reserve_bytes
     budget_bytes = program.machine.budget_bytes
     return BudgetError(
         stage,
