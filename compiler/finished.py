@@ -37,7 +37,7 @@ def compile_key(
         *(one.identity for one in passes),
         repr(machine),
         target.identity,
-        code_identity("movdc.compiler", "movdc.models", "movdc.passes"),
+        code_identity("movdc.compiler", "movdc.models", "movdc.passes", "movdc.runtime.bundle"),
         *(f"{name} {version(name)}" for name in ("diffusers", "tokenizers", "transformers")),
         *map(file_identity, files),
     )

@@ -23,8 +23,7 @@ def channel_scales(weight: Tensor) -> Tensor:
 
 def to_int8(weight: Tensor) -> Tensor:
     """The nearest int8 values of a weight, in steps of its channel scales."""
-    steps = weight.float() / _broadcast(channel_scales(weight), weight)
-    return steps.round().clamp(-MAX_VALUE, MAX_VALUE).to(torch.int8)
+    return _steps(weight.float(), _column(channel_scales(weight), weight)).to(torch.int8)
 
 
 class Loss:
@@ -34,11 +33,16 @@ class Loss:
         self.signal = 0.0
         self.noise = 0.0
 
-    def add(self, weight: Tensor, values: Tensor) -> None:
-        """Count some output channels and the int8 values that they became."""
-        restored = values.float() * _broadcast(channel_scales(weight), weight)
-        self.signal += float(weight.float().square().sum(dtype=torch.float64))
-        self.noise += float((weight.float() - restored).square().sum(dtype=torch.float64))
+    def to_int8(self, weight: Tensor) -> Tensor:
+        """As the function; what some output channels lose is counted."""
+        weight = weight.float()
+        scales = _column(channel_scales(weight), weight)
+        steps = _steps(weight, scales)
+        values = steps.to(torch.int8)
+        error = steps.mul_(scales).sub_(weight).flatten()
+        self.signal += float(torch.dot(weight.flatten(), weight.flatten()))
+        self.noise += float(torch.dot(error, error))
+        return values
 
     @property
     def sqnr_db(self) -> float:
@@ -48,5 +52,10 @@ class Loss:
         return 10 * math.log10(self.signal / self.noise)
 
 
-def _broadcast(scales: Tensor, weight: Tensor) -> Tensor:
+def _steps(weight: Tensor, scales: Tensor) -> Tensor:
+    return (weight / scales).round_().clamp_(-MAX_VALUE, MAX_VALUE)
+
+
+def _column(scales: Tensor, weight: Tensor) -> Tensor:
+    """Scales in the shape that multiplies a weight of several dimensions."""
     return scales.reshape(-1, *[1] * (weight.dim() - 1))

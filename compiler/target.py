@@ -13,7 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, fx
 
-from movdc.compiler.identity import code_identity
+from movdc.compiler.identity import code_identity, library_identity
 from movdc.compiler.int8 import Loss
 from movdc.compiler.pieces import Piece
 from movdc.compiler.weights import WeightRef
@@ -87,7 +87,7 @@ class Target(ABC):
     def identity(self) -> str:
         """What programs and weights depend on beside the piece: our code, the engine that measures, and the SDK."""
         compiler = (f"movdc.compiler.{name}" for name in ("pieces", "weights", "int8", "folded", "target"))
-        code = code_identity("movdc.targets", "movdc.runtime", *compiler)
+        code = f"{code_identity('movdc.targets', *compiler)} {library_identity('movdc.runtime')}"
         return f"{self.name} {code} {sorted(self.versions().items())} {platform.machine()}"
 
     @abstractmethod

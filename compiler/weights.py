@@ -91,9 +91,7 @@ class WeightRef:
             tensor, rest = rest[0].apply(tensor), rest[1:]
         for part in torch.split(tensor, _rows(tensor)) if tensor.dim() else (tensor,):
             for transform in rest:
-                before, part = part, transform.apply(part)
-                if loss is not None and transform == INT8:
-                    loss.add(before, part)
+                part = loss.to_int8(part) if loss is not None and transform == INT8 else transform.apply(part)
             yield (part.float() if part.is_floating_point() else part).contiguous()
 
     def read(self) -> Tensor:
