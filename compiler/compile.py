@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -106,7 +105,7 @@ def _plan_and_lower(
         except BudgetError as error:
             if left == 0 or not any(one.name == "partition" for _, passes in phases for one in passes):
                 raise
-            machine = replace(machine, reserve_bytes=machine.reserve_bytes + error.excess_bytes)
+            machine = machine.reserving(error.stage, error.excess_bytes)
             note("lower", f"{error.stage} takes {format_bytes(error.excess_bytes)} more than estimated: planned again")
     raise InternalError("nothing was planned")
 

@@ -96,7 +96,7 @@ class Prediction:
 
 def predict(costs: Costs, cuts: Sequence[int]) -> Prediction | None:
     """Replay the partitions between neighbouring cuts, the ends of the chain included; None if they do not fit."""
-    budget_bytes = costs.machine.plan_bytes
+    budget_bytes = costs.machine.budget_bytes
     seconds, peak_bytes, overlapped = 0.0, 0, 0
     run_s, running_bytes = 0.0, 0  # of the partition before
     for start, stop in pairwise(cuts):
@@ -128,7 +128,7 @@ def cheapest(costs: Costs, fee_s: float = 0.0, forced: Sequence[int] = ()) -> li
     the bytes across its cut: a tiny fee breaks ties, a larger one trades time for fewer partitions.
     """
     end = costs.end
-    budget_bytes = costs.machine.plan_bytes
+    budget_bytes = costs.machine.budget_bytes
     fees_s = fee_s * (1 + costs.before_bytes / (1 + costs.before_bytes.sum()))
     ready = np.full((end, end + 1), np.inf)  # [j, k]: seconds until (j, k) is loaded and what is before it has run
     limits = [*sorted(forced), end]

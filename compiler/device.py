@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -45,12 +45,17 @@ class Machine:
     value_copies: float = 1.0  # bytes that a running program takes, per byte of the values within it
     node_bytes: int = 0  # that a program takes for each of its nodes, as long as its stage runs
     slab_bytes: int = 0  # what the engine reads files through, held all the time
-    reserve_bytes: int = 0  # of the budget, for what the planner's estimates have missed
+    reserves: tuple[tuple[str, int], ...] = ()  # stages, and the bytes that estimates have missed there
 
-    @property
-    def plan_bytes(self) -> int:
-        """The part of the budget that a plan may fill by its estimates."""
-        return self.budget_bytes - self.reserve_bytes
+    def planning(self, stage: str) -> Machine:
+        """The machine with what a plan of a stage may fill by its estimates for a budget."""
+        return replace(self, budget_bytes=self.budget_bytes - dict(self.reserves).get(stage, 0), reserves=())
+
+    def reserving(self, stage: str, more_bytes: int) -> Machine:
+        """The machine with so much more in reserve for a stage."""
+        reserves = dict(self.reserves)
+        reserves[stage] = reserves.get(stage, 0) + more_bytes
+        return replace(self, reserves=tuple(reserves.items()))
 
     @classmethod
     def of(

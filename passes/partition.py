@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from movdc.compiler.chain import chain_of, common_positions, costs, stretch_texts
 from movdc.compiler.cut import Costs, largest, least_s, predict, smallest_budget
+from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, MovdcError
 from movdc.compiler.pass_base import Pass, PassResult
 from movdc.compiler.pieces import piece_of
@@ -88,19 +89,20 @@ class _Plan:
 
 def _plans(stage: Stage, program: Program, slack: float) -> list[tuple[Mapping[str, Graph], _Plan]]:
     """Plans for all variants together, or for each alone if they have too little in common to fit."""
-    whole = _plan(list(stage.variants.values()), program, slack)
+    machine = program.machine.planning(stage.name)
+    whole = _plan(list(stage.variants.values()), machine, slack)
     if whole is not None:
         return [(stage.variants, whole)]
-    alone = [(name, graph, _plan([graph], program, slack)) for name, graph in stage.variants.items()]
+    alone = [(name, graph, _plan([graph], machine, slack)) for name, graph in stage.variants.items()]
     if any(plan is None for *_, plan in alone):
         raise _infeasible(program)
     return [({name: graph}, plan) for name, graph, plan in alone if plan is not None]
 
 
-def _plan(graphs: Sequence[Graph], program: Program, slack: float) -> _Plan | None:
+def _plan(graphs: Sequence[Graph], machine: Machine, slack: float) -> _Plan | None:
     positions = common_positions(graphs)
     each = list(zip(*positions, strict=True))
-    of_all = largest([costs(chain_of(graph), own, program.machine) for graph, own in zip(graphs, each, strict=True)])
+    of_all = largest([costs(chain_of(graph), own, machine) for graph, own in zip(graphs, each, strict=True)])
     texts = zip(*[stretch_texts(graph, own) for graph, own in zip(graphs, each, strict=True)], strict=True)
     numbers: dict[tuple[str, ...], int] = {}
     kinds = [numbers.setdefault(text, len(numbers)) for text in texts]
@@ -127,10 +129,10 @@ def _infeasible(program: Program) -> BudgetError:
     for stage, _, graph in program.graphs():
         positions = common_positions([graph])
         needed_bytes, step = smallest_budget(costs(chain_of(graph), [one for (one,) in positions], program.machine))
+        needed_bytes += dict(program.machine.reserves).get(stage, 0)
         node = graph.compute_nodes[positions[step + 1][0] - 1]
         smallest.append((needed_bytes, stage, f"%{node.name} ({node.target})"))
     needed_bytes, stage, where = max(smallest)
-    needed_bytes += program.machine.reserve_bytes
     budget_bytes = program.machine.budget_bytes
     return BudgetError(
         stage,

@@ -93,9 +93,9 @@ def test_a_folder_that_is_a_link_to_outside_is_refused(copy: Path, tmp_path: Pat
     _assert_refused(copy, "weights/")
 
 
-def test_the_manifest_and_seal_of_another_bundle_are_refused_with_its_files(copy: Path, roomy_bundle: Path) -> None:
+def test_the_manifest_and_seal_of_another_bundle_are_refused_with_its_files(copy: Path, small_bundle: Path) -> None:
     for name in (MANIFEST, SEAL):
-        shutil.copyfile(roomy_bundle / name, copy / name)
+        shutil.copyfile(small_bundle / name, copy / name)
     with pytest.raises(BundleError, match=r"(programs|weights)/\w+"):
         Executor(Bundle.read(copy))
 
