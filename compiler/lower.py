@@ -11,13 +11,12 @@ from pydantic import TypeAdapter
 from movdc.compiler.bundle_writer import BundleWriter
 from movdc.compiler.cache import CompileCache, Entry, key_of
 from movdc.compiler.emit import emit_all
-from movdc.compiler.errors import MovdcError
 from movdc.compiler.layer_errors import LayerErrors
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Program
 from movdc.compiler.residency import Chain, variant_of
 from movdc.compiler.target import Artifact, Memory, Slot, Target
-from movdc.compiler.weights import WeightRef
+from movdc.compiler.weights_files import files_of, make_files
 from movdc.runtime.bundle import Constant, LayerError, Partition, Stage
 
 Progress = Callable[[str, int, int], None]  # what is being done, done so far, in all
@@ -73,16 +72,24 @@ def lower(
             )
             made |= {part.name: part for part in parts}
         stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
+    files = {
+        name: files_of(piece, programs[lowered_as[name]].slots, target)
+        for own in pieces.values()
+        for name, piece in own.items()
+    }
+    wanted = [file for some in files.values() for file in some]
+    entries = make_files(wanted, target, cache, jobs, partial(progress, "weights"))
     errors = LayerErrors()
-    written = 0
     for (stage_name, _), own in pieces.items():
-        for name, piece in own.items():
-            one = programs[lowered_as[name]]
-            writer.add_program(one.entry, target.program_suffix)
-            weights = _weights(piece, one.slots, target, writer, cache, partial(errors.add, stage_name))
-            made[name] = made[name].model_copy(update={"weights": weights})
-            written += 1
-            progress("weights", written, len(made))
+        for name in own:
+            writer.add_program(programs[lowered_as[name]].entry, target.program_suffix)
+            weights = []
+            for file in files[name]:
+                entry = entries[file.key]
+                errors.add(stage_name, file.refs, entry.note["sqnr_db"])
+                constants = TypeAdapter(tuple[Constant, ...]).validate_python(entry.note["constants"])
+                weights.append(writer.add_weights(entry, target.weights_suffix, constants))
+            made[name] = made[name].model_copy(update={"weights": tuple(weights)})
     return Lowered(tuple(stages), tuple(made.values()), errors.worst_first())
 
 
@@ -113,48 +120,6 @@ def _programs(
     missing = {template: piece for template, piece in templates.items() if template not in programs}
     emit_all(missing, target, cache.work, jobs, done)
     return programs
-
-
-def _weights(
-    piece: Piece,
-    slots: tuple[Slot, ...],
-    target: Target,
-    writer: BundleWriter,
-    cache: CompileCache,
-    note_errors: Callable[[Mapping[str, WeightRef], Mapping[str, float]], None],
-) -> tuple[str, ...]:
-    """A file for each group of the piece's weights, so that variants share those of the checkpoint."""
-    paths = []
-    for group in ("weights", "tables"):  # what variants share comes first, and they share what is packed of it, too
-        refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
-        if own := [slot for slot in slots if slot.weight in refs]:
-            entry = _weights_file(own, refs, target, cache)
-            note_errors(refs, entry.note["sqnr_db"])
-            constants = TypeAdapter(tuple[Constant, ...]).validate_python(entry.note["constants"])
-            paths.append(writer.add_weights(entry, target.weights_suffix, constants))
-    return tuple(paths)
-
-
-def _weights_file(slots: list[Slot], refs: Mapping[str, WeightRef], target: Target, cache: CompileCache) -> Entry:
-    """The file with the data of the slots, from the cache or made now."""
-
-    def key() -> str:
-        wanted = [f"{slot} = {refs[slot.weight].identity}" for slot in slots]
-        return key_of("weights", target.identity, *wanted)
-
-    before = key()
-    if entry := cache.get(before):
-        return entry
-    path = cache.work / "weights"
-    written = target.write_weights(slots, refs, path)
-    if key() != before:
-        changed = sorted({ref.source.label for ref in refs.values()})
-        raise MovdcError(f"the checkpoint {', '.join(changed)} changed while it was read; compile again")
-    note = {
-        "constants": [constant.model_dump() for constant in written.constants],
-        "sqnr_db": dict(written.sqnr_db),
-    }
-    return cache.put(before, path, written.sha256, note)
 
 
 def _partition(name: str, piece: Piece, program: str, memory: Memory) -> Partition:

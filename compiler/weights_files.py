@@ -1,0 +1,68 @@
+"""Files of weights: what of a partition's weights goes into which, and making each of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from movdc.compiler.cache import CompileCache, Entry, key_of
+from movdc.compiler.errors import MovdcError
+from movdc.compiler.pieces import Piece
+from movdc.compiler.target import Slot, Target
+from movdc.compiler.weights import WeightRef
+
+
+@dataclass(frozen=True)
+class WantedFile:
+    """A file that a partition reads constants from, and the key of the cache under which it is kept."""
+
+    key: str
+    slots: Sequence[Slot]
+    refs: Mapping[str, WeightRef]
+
+
+def files_of(piece: Piece, slots: Sequence[Slot], target: Target) -> list[WantedFile]:
+    """A file for each group of the piece's weights, so that variants share those of the checkpoint."""
+    files = []
+    for group in ("weights", "tables"):  # what variants share comes first, and they share what is packed of it, too
+        refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
+        if own := [slot for slot in slots if slot.weight in refs]:
+            files.append(WantedFile(_key(own, refs, target), own, refs))
+    return files
+
+
+def make_files(
+    files: Iterable[WantedFile], target: Target, cache: CompileCache, jobs: int, done: Callable[[int, int], None]
+) -> dict[str, Entry]:
+    """The entry of each file's key, from the cache or made now; `done` gets how many there are, and of how many.
+
+    In threads, for next to none of the work is Python: one hashes and writes while another reads.
+    """
+    wanted = {file.key: file for file in files}
+    entries: dict[str, Entry] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for entry in pool.map(lambda file: _make(file, target, cache), wanted.values()):
+                entries[entry.key] = entry
+                done(len(entries), len(wanted))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return entries
+
+
+def _make(file: WantedFile, target: Target, cache: CompileCache) -> Entry:
+    if entry := cache.get(file.key):
+        return entry
+    path = cache.work / file.key
+    written = target.write_weights(file.slots, file.refs, path)
+    if _key(file.slots, file.refs, target) != file.key:
+        changed = sorted({ref.source.label for ref in file.refs.values()})
+        raise MovdcError(f"the checkpoint {', '.join(changed)} changed while it was read; compile again")
+    constants = [constant.model_dump() for constant in written.constants]
+    return cache.put(file.key, path, written.sha256, {"constants": constants, "sqnr_db": dict(written.sqnr_db)})
+
+
+def _key(slots: Sequence[Slot], refs: Mapping[str, WeightRef], target: Target) -> str:
+    return key_of("weights", target.identity, *(f"{slot} = {refs[slot.weight].identity}" for slot in slots))
