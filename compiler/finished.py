@@ -36,7 +36,7 @@ def compile_key(
         json.dumps(kept, sort_keys=True),
         *(one.identity for one in passes),
         repr(machine),
-        target.identity,
+        target.program_identity,
         code_identity("movdc.compiler", "movdc.models", "movdc.passes", "movdc.runtime.bundle"),
         *(f"{name} {version(name)}" for name in ("diffusers", "tokenizers", "transformers")),
         *map(file_identity, files),

@@ -101,7 +101,7 @@ def _programs(
     templates: Mapping[str, Piece], target: Target, cache: CompileCache, progress: Progress, jobs: int
 ) -> dict[str, _Program]:
     """The program of each template; one that is made goes to the cache at once."""
-    keys = {template: key_of("program", target.identity, piece.text()) for template, piece in templates.items()}
+    keys = {template: key_of("program", target.program_identity, piece.text()) for template, piece in templates.items()}
     programs: dict[str, _Program] = {}
 
     def add(template: str, entry: Entry) -> None:

@@ -19,6 +19,8 @@ from movdc.compiler.pieces import Piece
 from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import ITEM_BYTES, Constant, DType
 
+_WRITES_WEIGHTS = ("pieces", "weights", "int8", "folded", "target")  # modules of the compiler
+
 
 @dataclass(frozen=True)
 class Slot:
@@ -85,10 +87,14 @@ class Target(ABC):
 
     @property
     def identity(self) -> str:
-        """What programs and weights depend on beside the piece: our code, the engine that measures, and the SDK."""
-        compiler = (f"movdc.compiler.{name}" for name in ("pieces", "weights", "int8", "folded", "target"))
-        code = f"{code_identity('movdc.targets', *compiler)} {library_identity('movdc.runtime')}"
+        """What weights depend on beside the checkpoint: our code and the SDK."""
+        code = code_identity("movdc.targets", *(f"movdc.compiler.{name}" for name in _WRITES_WEIGHTS))
         return f"{self.name} {code} {sorted(self.versions().items())} {platform.machine()}"
+
+    @property
+    def program_identity(self) -> str:
+        """What programs depend on beside the piece: the same, and the engine that measures them."""
+        return f"{self.identity} {library_identity('movdc.runtime')}"
 
     @abstractmethod
     def refuse(self, node: fx.Node) -> str | None:
