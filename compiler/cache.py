@@ -110,6 +110,13 @@ def open_cache(root: Path, limit_bytes: int = LIMIT_BYTES) -> Iterator[CompileCa
         os.close(owned)
 
 
+@contextmanager
+def passing_cache(parent: Path) -> Iterator[CompileCache]:
+    """A cache below a folder, which is gone in the end."""
+    with tempfile.TemporaryDirectory(prefix=".cache-", dir=parent) as root, open_cache(Path(root)) as cache:
+        yield cache
+
+
 def entries(root: Path) -> list[Entry]:
     """Every entry, the last used first."""
     found = (_read(folder) for folder in root.glob("*-*") if not folder.name.startswith("."))

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from movdc.compiler.bundle_writer import BundleWriter, new_bundle
-from movdc.compiler.cache import CompileCache, key_of, open_cache
+from movdc.compiler.cache import CompileCache, key_of, open_cache, passing_cache
 from movdc.compiler.checker import check_manifest
 from movdc.compiler.checkpoints import Checkpoint
 from movdc.compiler.device import Machine
@@ -47,7 +47,7 @@ def compile_bundle(
     What is finished goes to the cache and is taken from there; without one, everything is made and nothing is kept.
     """
     passes = [one for _, some in phases for one in some]
-    with new_bundle(out) as writer, open_cache(cache_root or writer.root / ".cache") as cache:
+    with new_bundle(out) as writer, open_cache(cache_root) if cache_root else passing_cache(writer.root) as cache:
         checkpoints = family.checkpoints(spec_file)
         _pin(spec_file, checkpoints, note)
         key = compile_key(spec_file.spec, checkpoints, target, machine, passes)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from movdc.compiler.cache import CompileCache, entries, key_of, open_cache, prune
+from movdc.compiler.cache import CompileCache, entries, key_of, open_cache, passing_cache, prune
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.folders import place
 
@@ -81,6 +81,16 @@ with open_cache(Path({str(tmp_path)!r})) as cache:\n    (cache.work / 'half').wr
         with open_cache(tmp_path):
             assert first.work.exists()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_passing_cache_leaves_nothing(tmp_path: Path) -> None:
+    with passing_cache(tmp_path) as cache:
+        key = _put(cache, "a")
+        entry = cache.get(key)
+        assert entry is not None
+        place(entry.path, tmp_path / "placed")
+    assert [path.name for path in tmp_path.iterdir()] == ["placed"]
+    assert (tmp_path / "placed").stat().st_nlink == 1
 
 
 def test_pruning_keeps_what_was_used_last(tmp_path: Path) -> None:
