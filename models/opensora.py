@@ -96,6 +96,7 @@ class OpenSora(Family):
     def sampler(self, spec_file: SpecFile) -> Sampler:
         """Euler over the rectified flow, from the spec's sizes."""
         spec = spec_file.spec
+        _check_frames(spec_file)
         return Sampler(
             solver="euler",
             prediction="rectified_flow",
@@ -109,7 +110,6 @@ class OpenSora(Family):
     def trace(self, spec_file: SpecFile, machine: Machine, micro_batch_frames: int) -> Program:
         """Trace the four stages at the spec's sizes."""
         spec = spec_file.spec
-        _check_frames(spec_file)
         vae_config = _vae_config(spec_file)
         chunks = decode_chunks(spec.video.frames, vae_config.micro_frame_size)
         latent = _latent(spec.video, vae_config)
