@@ -92,8 +92,7 @@ class MergeTokens(Pass):
     rope: Literal["compressed", "midpoint"] = "compressed"  # merged frames at 0, 1, 2, ... or at 0.5, 2.5, 4.5, ...
     proportional: bool = False  # a key that stands for two frames counts twice beside one that stands for one
     scope: Literal["attention", "block"] = "attention"  # block: the MLPs too
-    # A last odd frame stays for itself, or (as in the reference) no frame sees it and it gets what the last pair gets.
-    odd: Odd = "singleton"
+    odd: Odd = "singleton"  # a last odd frame stays; "drop", as the reference: unseen, it gets what the last pair gets
     mixed_pairs: bool = False  # merge whatever the frame mask says, as the reference does
 
     def requires(self, program: Program) -> None:
@@ -105,9 +104,8 @@ class MergeTokens(Pass):
         for name, layout in layouts.items():
             mixed = layout.frame_mask_input or mixed_pairs(layout.frame_mask or (), self.odd)
             if mixed and layout.frames > 1 and not self.mixed_pairs:
-                raise MovdcError(
-                    f"pass merge-tokens: {name} may hold half a pair as condition ({mixed}); set mixed_pairs=true"
-                )
+                held = f"{name} may hold half a pair as condition ({mixed})"
+                raise MovdcError(f"pass merge-tokens: {held}; set mixed_pairs=true")
         for name, variant, graph in program.graphs():
             if graph.layout and graph.layout.merged_by not in ("", str(self)):
                 raise MovdcError(f"pass merge-tokens: {graph.layout.merged_by} made {name} ({variant}); merge once")
@@ -125,8 +123,8 @@ class MergeTokens(Pass):
             stages.append(stage)
         if not notes:
             return PassResult(program, False, "nothing to merge")
-        planned = replace(program, stages=tuple(stages), sampler=self.plan(program.sampler))
-        return PassResult(planned, True, ", ".join(notes))
+        sampler = self.plan(program.sampler)
+        return PassResult(replace(program, stages=tuple(stages), sampler=sampler), True, ", ".join(notes))
 
     def plan(self, sampler: Sampler) -> Sampler:
         """The first steps run the variant; refuses more of them than there are."""

@@ -11,7 +11,9 @@ from torch import nn
 from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.program import Graph, Program
+from movdc.passes.leap import Leap
 from movdc.passes.pipeline import DEFAULT, PASSES, check_order, default_pipeline, in_phases, parse_pipeline
+from movdc.runtime.bundle import Sampler
 
 X = torch.zeros(3, 4)
 
@@ -23,7 +25,7 @@ class Toy(Pass):
     name: ClassVar[str] = "toy"
     exact: ClassVar[bool] = True
 
-    do: Literal["nothing", "lie", "shift", "rename", "crash", "refuse", "break"] = "nothing"
+    do: Literal["nothing", "lie", "shift", "rename", "crash", "refuse", "break", "plan"] = "nothing"
     steps: int | None = None
     ratio: float = 0.5
     stages: tuple[str, ...] = ()
@@ -33,13 +35,18 @@ class Toy(Pass):
         if self.do == "refuse":
             raise MovdcError("pass toy: refuses; try another")
 
+    def plan(self, sampler: Sampler) -> Sampler:
+        return sampler.model_copy(update={"shift": sampler.shift + 1}) if self.do == "shift" else sampler
+
     def apply(self, program: Program) -> PassResult:
         if self.do == "crash":
             raise ZeroDivisionError("one by nothing")
         if self.do == "lie":
             return PassResult(program, True, "")
         if self.do == "shift":  # never comes to an end
-            sampler = program.sampler.model_copy(update={"shift": program.sampler.shift + 1})
+            return PassResult(replace(program, sampler=self.plan(program.sampler)), True, "")
+        if self.do == "plan":
+            sampler = program.sampler.model_copy(update={"guidance": 1.0})
             return PassResult(replace(program, sampler=sampler), True, "")
         graph = program.stages[0].variants["plain"]
         if self.do == "rename":
@@ -62,6 +69,7 @@ def program(graph_of: Callable[..., Graph], program_of: Callable[..., Program]) 
         ("shift", "changes its own result when it is applied again"),
         ("rename", r"changes the inputs or outputs of d \(plain\)"),
         ("break", "cuts are not in order"),
+        ("plan", "writes into the sampler's plan what its method `plan` does not"),
     ],
 )
 def test_the_base_class_refuses_a_broken_promise(program: Program, do: str, message: str) -> None:
@@ -133,4 +141,5 @@ def test_the_default_order_keeps_every_after() -> None:
 
 def test_identity_depends_on_options() -> None:
     assert Toy().identity == Toy().identity
+    assert Leap(step=3).identity == Leap(mode="dynamic").identity, "the same graphs, another plan"
     assert Toy().identity != Toy(steps=3).identity
