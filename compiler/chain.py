@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import fx
 
 from movdc.compiler.cost import flops, is_fused_with_users, maker, pointer_bytes, scratch_bytes, size_bytes
-from movdc.compiler.cut import Costs
+from movdc.compiler.cut import NEVER, Costs
 from movdc.compiler.device import Machine
 from movdc.compiler.folded import FoldedSource
 from movdc.compiler.printer import print_node, print_type
@@ -126,23 +126,32 @@ def _types(node: fx.Node) -> dict[fx.Node, str]:
     return {node: ""} | {arg: print_type(arg.meta["val"]) for arg in node.all_input_nodes}
 
 
-def costs(chain: Chain, positions: Sequence[int], machine: Machine) -> Costs:
-    """What every stretch between two of the positions costs."""
+def costs(chain: Chain, positions: Sequence[int], machine: Machine, most_held_bytes: int = NEVER) -> Costs:
+    """What every stretch between two of the positions costs; one with more weights fits no budget, if it can be cut."""
     chosen = np.asarray(positions)
     held = _held_bytes(chain, chosen)
-    before, running = _activation_bytes(chain, chosen)
-    around = before[:, None] + before[None, :] - _passing_bytes(chain, chosen)  # enters a stretch, leaves it, or both
-    working = (machine.value_copies * np.maximum(running - around, 0)).astype(np.int64)
+    before, working = _activation_bytes(chain, chosen)
+    # What enters a stretch, leaves it, or both. Arrays are reused: each may be hundreds of megabytes.
+    running = _passing_bytes(chain, chosen)
+    np.subtract(before[:, None] + before[None, :], running, out=running)
+    np.maximum(working - running, 0, out=working)
+    for row in working:
+        row[:] = machine.value_copies * row
     before[0] = max(before[0], chain.output_bytes)
-    around[0] = np.maximum(around[0], chain.output_bytes)
+    running[0] = np.maximum(running[0], chain.output_bytes)
     lasting_bytes = chain.input_bytes + machine.slab_bytes + chain.pointer_bytes + machine.node_bytes * chain.length
+    running += held
+    running += working
+    running += lasting_bytes
+    for start, row in enumerate(running):
+        row[start + 2 :][held[start, start + 2 :] > most_held_bytes] = NEVER
     done = np.cumsum([0, *chain.flops])[chosen]
     return Costs(
         machine=machine,
         before_bytes=lasting_bytes + before,
         held_bytes=held,
         working_bytes=working,
-        running_bytes=lasting_bytes + around + held + working,
+        running_bytes=running,
         run_s=machine.run_s(1) * np.maximum(done[None, :] - done[:, None], 0),
     )
 

@@ -16,7 +16,7 @@ whole takes O(n^2 log n) for n positions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -27,6 +27,7 @@ from movdc.compiler.device import Machine
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+NEVER = 1 << 60  # bytes that no budget has
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,13 @@ class Costs:
         return Costs(self.machine, self.before_bytes[chosen], held, working, running, self.run_s[square])
 
 
-def largest(several: Sequence[Costs]) -> Costs:
-    """What variants that are cut alike cost at most."""
-    first, *others = several
+def largest(several: Iterable[Costs]) -> Costs:
+    """What variants that are cut alike cost at most, in the arrays of the first: each may be hundreds of megabytes."""
+    others = iter(several)
+    first = next(others)
     for other in others:
-        first = Costs(
-            first.machine,
-            np.maximum(first.before_bytes, other.before_bytes),
-            np.maximum(first.held_bytes, other.held_bytes),
-            np.maximum(first.working_bytes, other.working_bytes),
-            np.maximum(first.running_bytes, other.running_bytes),
-            np.maximum(first.run_s, other.run_s),
-        )
+        for name in ("before_bytes", "held_bytes", "working_bytes", "running_bytes", "run_s"):
+            np.maximum(getattr(first, name), getattr(other, name), out=getattr(first, name))
     return first
 
 
@@ -191,8 +187,7 @@ def _least_over_intervals(low: Ints, high: Ints, offers: Floats, count: int) -> 
 
 def smallest_budget(costs: Costs) -> tuple[int, int]:
     """The least bytes that some cutting fits into, and the start of the single step that needs the most of it."""
-    never = np.iinfo(np.int64).max
-    best = np.full(costs.end + 1, never)
+    best = np.full(costs.end + 1, NEVER)
     best[0] = 0
     previous = np.zeros(costs.end + 1, np.int64)
     for start in range(costs.end):

@@ -44,9 +44,12 @@ class Partition(Pass):
     exact: ClassVar[bool] = True
     paper: ClassVar[str] = "arXiv 2502.04363, section 3.4"
     slack: float = 0.1
+    weights_mb: int = 512  # of a partition at most: lowering takes several times as much, and loads stay short
 
     def requires(self, program: Program) -> None:
-        """The slack is a part of the least time."""
+        """The slack is a part of the least time, and partitions have weights."""
+        if self.weights_mb < 1:
+            raise MovdcError(f"pass partition: option weights_mb is {self.weights_mb}; write 1 or more, such as 512")
         if not 0 <= self.slack <= 1:
             raise MovdcError(f"pass partition: option slack is {self.slack}; write a number from 0 to 1, such as 0.1")
 
@@ -55,7 +58,7 @@ class Partition(Pass):
         changed: dict[tuple[str, str], Graph] = {}
         notes = []
         for stage in program.stages:
-            for variants, plan in _plans(stage, program, self.slack):
+            for variants, plan in _plans(stage, program, self):
                 notes.append(f"{stage.name} ({', '.join(variants)}) {plan.note}")
                 for index, (variant, graph) in enumerate(variants.items()):
                     nodes = graph.compute_nodes
@@ -87,27 +90,28 @@ class _Plan:
         )
 
 
-def _plans(stage: Stage, program: Program, slack: float) -> list[tuple[Mapping[str, Graph], _Plan]]:
+def _plans(stage: Stage, program: Program, options: Partition) -> list[tuple[Mapping[str, Graph], _Plan]]:
     """Plans for all variants together, or for each alone if they have too little in common to fit."""
     machine = program.machine.planning(stage.name)
-    whole = _plan(list(stage.variants.values()), machine, slack)
+    whole = _plan(list(stage.variants.values()), machine, options)
     if whole is not None:
         return [(stage.variants, whole)]
-    alone = [(name, graph, _plan([graph], machine, slack)) for name, graph in stage.variants.items()]
+    alone = [(name, graph, _plan([graph], machine, options)) for name, graph in stage.variants.items()]
     if any(plan is None for *_, plan in alone):
         raise _infeasible(program)
     return [({name: graph}, plan) for name, graph, plan in alone if plan is not None]
 
 
-def _plan(graphs: Sequence[Graph], machine: Machine, slack: float) -> _Plan | None:
+def _plan(graphs: Sequence[Graph], machine: Machine, options: Partition) -> _Plan | None:
     positions = common_positions(graphs)
     each = list(zip(*positions, strict=True))
-    of_all = largest([costs(chain_of(graph), own, machine) for graph, own in zip(graphs, each, strict=True)])
+    most_bytes = options.weights_mb * 10**6
+    of_all = largest(costs(chain_of(one), own, machine, most_bytes) for one, own in zip(graphs, each, strict=True))
     texts = zip(*[stretch_texts(graph, own) for graph, own in zip(graphs, each, strict=True)], strict=True)
     numbers: dict[tuple[str, ...], int] = {}
     kinds = [numbers.setdefault(text, len(numbers)) for text in texts]
     programs = _programs(graphs, each)
-    cuts = fewest_programs(of_all, kinds, slack, programs)
+    cuts = fewest_programs(of_all, kinds, options.slack, programs)
     return None if cuts is None else _Plan(positions, of_all, cuts, programs(cuts))
 
 

@@ -140,6 +140,18 @@ def test_refuses_a_slack_that_is_no_part(graph_of: GraphOf, program_of: ProgramO
         Partition(slack=slack)(program_of(net=graph_of(Stack(1), x=X)))
 
 
+def test_no_partition_has_more_weights_than_asked_for(graph_of: GraphOf, program_of: ProgramOf) -> None:
+    module = nn.Sequential(*[nn.Linear(512, 512, bias=False) for _ in range(4)])  # a MiB each
+    program = program_of(Machine(10**9, 1e12, 1e15, 0.5, 2.0), net=graph_of(module, x=torch.randn(2, 512)))
+    weights = {mb: [piece.weight_bytes >> 20 for piece in split(_cut(program, weights_mb=mb))] for mb in (1, 3, 5)}
+    assert weights == {1: [1, 1, 1, 1], 3: [2, 2], 5: [4]}  # one layer is more than a megabyte, and is not cut
+
+
+def test_refuses_partitions_without_weights(graph_of: GraphOf, program_of: ProgramOf) -> None:
+    with pytest.raises(MovdcError, match="option weights_mb is 0; write 1 or more"):
+        Partition(weights_mb=0)(program_of(net=graph_of(Stack(1), x=X)))
+
+
 def test_modified_is_honest_and_the_pass_is_idempotent(graph_of: GraphOf, program_of: ProgramOf) -> None:
     program = program_of(replace(MACHINE, budget_bytes=14000), net=graph_of(Stack(3), x=X))
     once = Partition()(program)
