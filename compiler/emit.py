@@ -18,8 +18,8 @@ from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact, Target
 
-# Of weights that are lowered at the same time, where more than one template is. An SDK holds copies of them: lowering
-# takes half a gigabyte and twice the weights.
+# Of weights and of values that are lowered at the same time, where more than one template is. An SDK holds copies of
+# weights, and measuring runs the program: lowering takes half a gigabyte and twice the two.
 TOGETHER_BYTES = 600_000_000
 _PR_SET_PDEATHSIG = 1
 
@@ -42,11 +42,12 @@ def emit_all(
     for template in here:
         done(template, _emit(templates[template], target, folder))
     waiting = order[len(here) :]
+    sizes = {name: piece.weight_bytes + piece.working_bytes for name, piece in templates.items()}
     running: dict[Connection, tuple[str, BaseProcess]] = {}
     try:
         while waiting or running:
-            together_bytes = sum(templates[template].weight_bytes for template, _ in running.values())
-            fitting = (one for one in waiting if together_bytes + templates[one].weight_bytes <= TOGETHER_BYTES)
+            together_bytes = sum(sizes[template] for template, _ in running.values())
+            fitting = (one for one in waiting if together_bytes + sizes[one] <= TOGETHER_BYTES)
             following = next(fitting, None) if running else waiting[0]
             if following is not None and len(running) < jobs:
                 waiting.remove(following)
