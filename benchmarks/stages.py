@@ -23,13 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from movdc.runtime.bundle import NUMPY_DTYPES, Bundle
-from movdc.runtime.executor import Executor
+from movdc.runtime.executor import Executor, Mode
 
 TOKENS = 40  # of the prompt
 RUNS = 2
 
 
-def _run_one(root: Path, stage: str, variant: str, packed_cache: Path, mode: str) -> None:
+def _run_one(root: Path, stage: str, variant: str, packed_cache: Path, mode: Mode) -> None:
     """The arm: says that it is idle, waits for its limit, runs, and says what the runs took."""
     bundle = Bundle.read(root)
     generator = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def _run_one(root: Path, stage: str, variant: str, packed_cache: Path, mode: str
         elif spec.dtype == "i64":  # token ids
             values = generator.integers(3, 100, spec.shape)
         inputs[spec.name] = np.asarray(values, NUMPY_DTYPES[spec.dtype])
-    executor = Executor(bundle, mode=mode, packed_cache=packed_cache)  # type: ignore[arg-type]
+    executor = Executor(bundle, mode=mode, packed_cache=packed_cache)
     print("idle", flush=True)
     sys.stdin.readline()
     for _ in range(RUNS):
@@ -78,7 +78,7 @@ def _measure(command: list[str], budget_bytes: int) -> dict[str, float]:
 def main(
     bundle: Annotated[Path, typer.Argument(help="A bundle.")],
     packed_cache: Annotated[Path | None, typer.Option(help="Keep packed weights here.")] = None,
-    mode: Annotated[str, typer.Option(help="As of movdc run.")] = "dynamic",
+    mode: Annotated[Mode, typer.Option(help="As of movdc run.")] = "dynamic",
     only: Annotated[str, typer.Option(help="Stages, with commas between; all by default.")] = "",
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
@@ -88,13 +88,17 @@ def main(
         _run_one(bundle, *one.split(":"), packed_cache, mode)
         return
     read = Bundle.read(bundle)
+    names = [stage.name for stage in read.manifest.stages]
+    chosen = only.split(",") if only else names
+    if unknown := sorted(set(chosen) - set(names)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(names)}", param_hint="--only")
     console = Console(width=120)
     table = Table(title=f"{bundle}, budget {read.manifest.budget_bytes / 1e9:.2f} GB, {mode}")
     for column in ("stage", "wall", "loads", "runs", "waits", "hidden", "peak", "read"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     with tempfile.TemporaryDirectory() as folder:
         for stage in read.manifest.stages:
-            if only and stage.name not in only.split(","):
+            if stage.name not in chosen:
                 continue
             for variant in stage.variants:
                 kept = str(packed_cache or folder)

@@ -43,9 +43,8 @@ from movdc.runtime.bundle import Bundle
 CHART = REPOSITORY / "docs" / "streaming-budget.png"
 REFERENCE = "torch resident"
 SLACK = 0.05  # of the weights, on top of the budget
-# Frames and side in pixels of the video at which reading and packing all weights would take about so many times the
-# runs, on two cores that multiply at 75 GFLOPS and a disk that reads 0.8 GB/s. Weights that are packed and in the page
-# cache take a tenth of that.
+# Frames and side in pixels of the video for which reading all packed weights takes about so many times the runs, on two
+# cores and a disk that reads 1.3 GB/s.
 VIDEOS = {"0.3": (68, 64), "1": (34, 48), "3": (17, 32)}
 SWEEP = [share / 10 for share in range(1, 11)]
 
@@ -262,7 +261,7 @@ def main(
     arms: Annotated[str, typer.Option(help=f"Which of {', '.join(ARMS)}; commas between.")] = ",".join(ARMS),
     rounds: Annotated[int, typer.Option(min=1, help="Turns over the arms.")] = 5,
     passes: Annotated[int, typer.Option(min=1, help="Timed passes of a turn.")] = 1,
-    ratio: Annotated[str, typer.Option(help="About how long cold loads take, of runs: 0.3, 1 or 3.")] = "1",
+    ratio: Annotated[str, typer.Option(help="About how long loads from the disk take, of runs: 0.3, 1 or 3.")] = "1",
     frames: Annotated[int, typer.Option(min=0, help="Frames of the video, in place of the ratio's.")] = 0,
     side: Annotated[int, typer.Option(min=0, help="Side of the video in pixels, in place of the ratio's.")] = 0,
     hidden: Annotated[int, typer.Option(min=64, help="Channels; a block has 64 bytes a channel squared.")] = 1152,
