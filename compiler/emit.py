@@ -7,6 +7,7 @@ import multiprocessing
 import signal
 import sys
 import tempfile
+import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
@@ -84,8 +85,8 @@ def _emit_there(piece: Piece, target: Target, folder: Path, sender: Connection) 
         sender.send(_emit(piece, target, folder))
     except MovdcError as error:
         sender.send(error)
-    except Exception as error:  # noqa: BLE001  # a bug, of whatever kind, is the parent's to report
-        sender.send(InternalError(f"{type(error).__name__}: {error}"))
+    except Exception:  # noqa: BLE001  # a bug, of whatever kind, is the parent's to report, with where it is
+        sender.send(InternalError(traceback.format_exc()))
 
 
 def _result(template: str, connection: Connection, process: BaseProcess) -> Artifact:
