@@ -221,6 +221,8 @@ def cache_(
     from movdc.compiler.cache import prune as prune_to
 
     root = cache or _compile_cache()
+    if root.exists() and not root.is_dir():
+        raise MovdcError(f"--cache: {root} is no folder; give the one that compiles kept things in")
     limit_bytes = _bytes("--prune", prune)
     if limit_bytes is not None:
         console.print(f"{format_bytes(prune_to(root, limit_bytes))} removed")

@@ -202,3 +202,18 @@ def test_what_there_is_can_be_listed(movdc: Movdc, listing: str) -> None:
     assert done.returncode == 0
     one = {"passes": "partition", "targets": "executorch-xnnpack", "devices": "iphone-15-pro"}[listing]
     assert one in done.stdout
+
+
+def test_a_file_in_the_place_of_a_cache_is_refused(
+    movdc: Movdc, refused: Refused, bundle: Path, example: Path, tmp_path: Path
+) -> None:
+    file, out = tmp_path / "file", tmp_path / "out"
+    file.write_bytes(b"mine")
+    for command in (
+        ["compile", example, "-o", out, "--cache", file],
+        ["cache", "--cache", file],
+        ["run", bundle, "--prompt", "a red circle", "-o", tmp_path / "clip.mp4", "--packed-cache", file],
+    ):
+        assert str(file) in refused(movdc(*command))
+    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == b"mine"
