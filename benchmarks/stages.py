@@ -3,7 +3,7 @@
     python benchmarks/stages.py out/opensora
 
 Each runs in a process of its own, which the kernel holds to what it takes when it is idle, plus the budget; page cache
-counts. The first run packs weights (into --packed-cache), the second one is what is shown.
+counts. The first run packs weights (into --packed-cache, unless they are there), the last one is what is shown.
 """
 
 from __future__ import annotations
@@ -26,10 +26,9 @@ from movdc.runtime.bundle import NUMPY_DTYPES, Bundle
 from movdc.runtime.executor import Executor, Mode
 
 TOKENS = 40  # of the prompt
-RUNS = 2
 
 
-def _run_one(root: Path, stage: str, variant: str, packed_cache: Path, mode: Mode) -> None:
+def _run_one(root: Path, stage: str, variant: str, packed_cache: Path, mode: Mode, runs: int) -> None:
     """The arm: says that it is idle, waits for its limit, runs, and says what the runs took."""
     bundle = Bundle.read(root)
     generator = np.random.default_rng(0)
@@ -46,7 +45,7 @@ def _run_one(root: Path, stage: str, variant: str, packed_cache: Path, mode: Mod
     executor = Executor(bundle, mode=mode, packed_cache=packed_cache)
     print("idle", flush=True)
     sys.stdin.readline()
-    for _ in range(RUNS):
+    for _ in range(runs):
         outputs = executor.run(stage, variant, inputs)
     report = executor.reports[stage][-1]
     finite = all(bool(np.isfinite(array).all()) for array in outputs.values())
@@ -80,12 +79,13 @@ def main(
     packed_cache: Annotated[Path | None, typer.Option(help="Keep packed weights here.")] = None,
     mode: Annotated[Mode, typer.Option(help="As of movdc run.")] = "dynamic",
     only: Annotated[str, typer.Option(help="Stages, with commas between; all by default.")] = "",
+    runs: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 2,
     one: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
     """Measure the stages one after the other and print a table."""
     if one:
         assert packed_cache is not None
-        _run_one(bundle, *one.split(":"), packed_cache, mode)
+        _run_one(bundle, *one.split(":"), packed_cache, mode, runs)
         return
     read = Bundle.read(bundle)
     names = [stage.name for stage in read.manifest.stages]
@@ -103,7 +103,8 @@ def main(
             for variant in stage.variants:
                 kept = str(packed_cache or folder)
                 command = [sys.executable, __file__, str(bundle), "--one", f"{stage.name}:{variant}"]
-                found = _measure([*command, "--packed-cache", kept, "--mode", mode], read.manifest.budget_bytes)
+                command += ["--packed-cache", kept, "--mode", mode, "--runs", str(runs)]
+                found = _measure(command, read.manifest.budget_bytes)
                 name = f"{stage.name} ({variant})"
                 if not found:
                     table.add_row(name, "killed or failed")

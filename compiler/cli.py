@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -329,6 +330,11 @@ def main() -> None:
     except UsageError as error:  # an option that does not exist, a number out of range
         if message := error.format_message():  # none where the help was shown instead
             errors.print(f"[red]error:[/red] {message}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        errors.print("[red]error:[/red] the disk is full; free some, then the same command goes on from what it kept")
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped; nothing is half written")

@@ -178,6 +178,7 @@ def _optimise(
             note(one.name, result.note)
             progress("passes", passes.index(one) + 1, len(passes))
 
+        progress("passes", 0, len(passes))
         try:
             program = run_passes(program, passes, after)
             return program, [name for (_, before), (name, now) in pairwise(seen) if now != before]

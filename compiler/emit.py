@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import multiprocessing
 import signal
 import sys
@@ -85,6 +86,8 @@ def _emit_there(piece: Piece, target: Target, folder: Path, sender: Connection) 
         sender.send(_emit(piece, target, folder))
     except MovdcError as error:
         sender.send(error)
+    except OSError as error:
+        sender.send(error if error.errno == errno.ENOSPC else InternalError(traceback.format_exc()))
     except Exception:  # noqa: BLE001  # a bug, of whatever kind, is the parent's to report, with where it is
         sender.send(InternalError(traceback.format_exc()))
 

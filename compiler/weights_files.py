@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from movdc.compiler.cache import CompileCache, Entry, key_of
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Slot, Target
+from movdc.compiler.units import format_bytes
 from movdc.compiler.weights import WeightRef
 
 
@@ -37,10 +39,14 @@ def make_files(
 ) -> dict[str, Entry]:
     """The entry of each file's key, from the cache or made now; `done` gets how many there are, and of how many.
 
+    Raises MovdcError, before the first is written, if the disk has no room for what is missing.
+
     In threads, for next to none of the work is Python: one hashes and writes while another reads.
     """
     wanted = {file.key: file for file in files}
     entries: dict[str, Entry] = {}
+    _check_room(wanted.values(), cache)
+    done(0, len(wanted))
     with ThreadPoolExecutor(jobs) as pool:
         try:
             for entry in pool.map(lambda file: _make(file, target, cache), wanted.values()):
@@ -50,6 +56,17 @@ def make_files(
             pool.shutdown(cancel_futures=True)
             raise
     return entries
+
+
+def _check_room(files: Iterable[WantedFile], cache: CompileCache) -> None:
+    missing = (file for file in files if cache.get(file.key) is None)
+    wanted_bytes = sum(slot.size_bytes for file in missing for slot in file.slots)
+    free_bytes = shutil.disk_usage(cache.root).free
+    if wanted_bytes > free_bytes:
+        raise MovdcError(
+            f"{cache.root}: the weights take {format_bytes(wanted_bytes)} more, {format_bytes(free_bytes)} are free; "
+            "free some, or give --cache DIR (--no-cache and -o) on another disk"
+        )
 
 
 def _make(file: WantedFile, target: Target, cache: CompileCache) -> Entry:

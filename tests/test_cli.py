@@ -217,3 +217,8 @@ def test_a_file_in_the_place_of_a_cache_is_refused(
         assert str(file) in refused(movdc(*command))
     assert list(tmp_path.iterdir()) == [file]
     assert file.read_bytes() == b"mine"
+
+
+def test_a_full_disk_is_one_sentence(movdc: Movdc, refused: Refused, bundle: Path, tmp_path: Path) -> None:
+    options = ["--prompt", "a red circle", "--steps", "1", "-o", tmp_path / "clip.mp4", "--trace", "/dev/full"]
+    assert "the disk is full" in refused(movdc("run", bundle, *options))

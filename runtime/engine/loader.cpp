@@ -107,10 +107,11 @@ void Loader::Done(const PartitionRecord& record, bool drop_from_page_cache) {
     freed.loaded = std::move(held.loaded);
     freed.taken = std::move(held.taken);
   }
-  Free(record.name, std::move(freed), drop_from_page_cache);
+  Free(record.name, std::move(freed));
   {
     const std::lock_guard lock(mutex_);
     held_.erase(record.name);
+    if (drop_from_page_cache) let_go_.push_back(record.name);
   }
   changed_.notify_all();
 }
@@ -139,6 +140,7 @@ void Loader::Clear() {
   for (auto& [name, held] : freed) Free(name, std::move(held));
   const std::lock_guard lock(mutex_);
   forgotten.swap(dormant_);
+  let_go_.clear();
   rules_.members.clear();
 }
 
@@ -159,10 +161,16 @@ void Loader::LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& 
   held = Held{};
   held.slot = !pinned;
   std::unique_ptr<LoadedPartition> loaded = std::move(dormant_[record.name]);
+  std::vector<const LoadedPartition*> let_go;  // valid for as long as something loads: who clears waits for that
+  for (const std::string& name : std::exchange(let_go_, {})) {
+    const auto found = dormant_.find(name);
+    if (found != dormant_.end() && found->second != nullptr) let_go.push_back(found->second.get());
+  }
   const std::shared_ptr<Workspace> workspace = workspace_;
   lock.unlock();
   std::unique_ptr<Taken> taken;
   std::exception_ptr error;
+  for (const LoadedPartition* one : let_go) one->DropFromPageCache();
   const double start_s = trace_.Now();
   try {
     taken = std::make_unique<Taken>(books_, record.held_bytes, "loading " + record.name);
@@ -203,9 +211,9 @@ bool Loader::MayStart(const PartitionRecord& record) const {
   return transient <= static_cast<ptrdiff_t>(rules_.prefetch);
 }
 
-void Loader::Free(const std::string& name, Held held, bool drop_from_page_cache) {
+void Loader::Free(const std::string& name, Held held) {
   const double start_s = trace_.Now();
-  held.loaded->LetGo(drop_from_page_cache);
+  held.loaded->LetGo();
   {
     const std::lock_guard lock(mutex_);
     dormant_[name] = std::move(held.loaded);

@@ -50,7 +50,8 @@ class Loader {
   // Waits until a partition is loaded and marks it as running; rethrows what went wrong while loading.
   LoadedPartition& Await(const PartitionRecord& record);
 
-  // The run is over: frees the partition unless it stays.
+  // The run is over: frees the partition unless it stays. The loader drops it from the page cache, if that is asked
+  // for: the kernel takes long over it, and the next run does not wait.
   void Done(const PartitionRecord& record, bool drop_from_page_cache);
 
   // Makes Await throw CancelledError until the next Begin.
@@ -73,7 +74,7 @@ class Loader {
   void Work();
   void LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& record);
   bool MayStart(const PartitionRecord& record) const;
-  void Free(const std::string& name, Held held, bool drop_from_page_cache = false);
+  void Free(const std::string& name, Held held);
 
   const Load load_;
   Books& books_;
@@ -90,6 +91,7 @@ class Loader {
   // Partitions of the variant that were loaded and freed: their programs stay initialised, for it costs little memory
   // and much time, and their workspace with them.
   std::map<std::string, std::unique_ptr<LoadedPartition>> dormant_;
+  std::vector<std::string> let_go_;  // of those, what goes from the page cache before the next load
   std::shared_ptr<Workspace> workspace_;
   std::thread thread_;
 };

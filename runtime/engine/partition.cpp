@@ -265,11 +265,13 @@ LoadedPartition::LoadedPartition(const PartitionRecord& record, const std::strin
 
 LoadedPartition::~LoadedPartition() = default;
 
-void LoadedPartition::LetGo(bool drop_from_page_cache) const {
+void LoadedPartition::LetGo() const {
   state_->packed_in_use.LetGo();
   for (const Mapping& mapping : state_->weights.mappings()) mapping.LetGo();
+}
+
+void LoadedPartition::DropFromPageCache() const {
 #ifdef POSIX_FADV_DONTNEED
-  if (!drop_from_page_cache) return;
   if (state_->packed) posix_fadvise(state_->packed->descriptor(), 0, 0, POSIX_FADV_DONTNEED);
   for (const Mapping& mapping : state_->weights.mappings()) {
     posix_fadvise(mapping.descriptor(), 0, 0, POSIX_FADV_DONTNEED);

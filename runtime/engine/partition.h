@@ -113,9 +113,11 @@ class LoadedPartition {
   LoadedPartition(const PartitionRecord& record, std::shared_ptr<Workspace> workspace, const LoadContext& context);
   ~LoadedPartition();
 
-  // Lets go of the weights; the program stays. With `drop_from_page_cache` the system is told not to keep them either,
-  // for they come round too late to be found there.
-  void LetGo(bool drop_from_page_cache) const;
+  // Lets go of the weights; the program stays.
+  void LetGo() const;
+
+  // Tells the system not to keep weights that were let go, for they come round too late to be found there.
+  void DropFromPageCache() const;
 
   // Brings the weights back; throws FileError if a file has changed.
   void Fetch(const LoadContext& context) const;

@@ -11,6 +11,10 @@ import pytest
 from movdc.compiler.cache import CompileCache, entries, key_of, open_cache, passing_cache, prune
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.folders import place
+from movdc.compiler.target import Slot
+from movdc.compiler.weights import RandomSource
+from movdc.compiler.weights_files import WantedFile, make_files
+from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
 
 
 def _put(cache: CompileCache, name: str, size_bytes: int = 10) -> str:
@@ -127,3 +131,13 @@ def test_files_are_placed_without_writing_them_again_where_that_is_possible(tmp_
         assert copy.read_bytes() == b"data"
     finally:
         copy.unlink(missing_ok=True)
+
+
+def test_weights_that_the_disk_has_no_room_for_are_refused_before_any_is_written(tmp_path: Path) -> None:
+    slot = Slot("key", "weight", "plain", "f32", (1 << 60,))
+    ref = RandomSource(0, {"weight": (1 << 60,)}).refs()["weight"]
+    with open_cache(tmp_path) as cache:
+        file = WantedFile("weights-a", [slot], {"weight": ref})
+        with pytest.raises(MovdcError, match=r"take 4294967296\.0 GiB more, .* are free; free some"):
+            make_files([file], ExecutorchXnnpack(), cache, 1, lambda done, total: None)
+        assert list(cache.work.iterdir()) == []

@@ -1,0 +1,134 @@
+"""Open-Sora 1.2 at its full width and its real sizes, a block of each kind: compiled against eager PyTorch in fp32.
+
+    python benchmarks/full_width.py
+
+One T5-XXL block (fp32 and int8), one pair of STDiT3-XL blocks on 68 frames of 256x256 pixels, both parts of the video
+decoder; seeded weights, the command that a user types. It takes 10 GB of memory and of build/full_width.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import typer
+import yaml
+from make_checkpoint import TOKENIZER, config_of
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from transformers import T5Config
+
+from movdc.compiler.spec import VideoSpec
+from movdc.compiler.weights import RandomSource
+from movdc.models.opensora import Denoiser, TextEncoder
+from movdc.models.opensora_vae import OpenSoraVAEConfig, SpatialDecode, SpatialVAEConfig, TemporalDecode
+from movdc.models.stdit3 import STDiT3Config
+from movdc.runtime.bundle import Bundle
+from movdc.runtime.executor import Array, Executor
+
+FOLDER = Path(__file__).parents[1] / "build" / "full_width"
+SEED, TOKENS, PROMPT_TOKENS = 0, 300, 40
+VIDEO = VideoSpec(frames=68, height=256, width=256, fps=24)
+TEXT = config_of("text_encoder") | {"num_layers": 1}
+DENOISER = config_of("denoiser") | {"depth": 1}
+VAE = config_of("vae") | {"spatial": asdict(SpatialVAEConfig())}
+
+
+def compiled(name: str, passes: Mapping[str, Any]) -> Path:
+    """A bundle of one block of each kind."""
+    random = f"random:{SEED}"
+    spec = {
+        "movdc": 1,
+        "family": "opensora-1.2",
+        "text_encoder": {"weights": random, "config": TEXT, "tokenizer": str(TOKENIZER), "max_tokens": TOKENS},
+        "denoiser": {"weights": random, "config": DENOISER},
+        "vae": {"weights": random, "config": VAE},
+        "video": VIDEO.model_dump(),
+        "passes": dict(passes),
+        "device": "iphone-15-pro",
+    }
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    path = FOLDER / f"{name}.yaml"
+    path.write_text(yaml.safe_dump(spec))
+    movdc = str(Path(sys.executable).with_name("movdc"))
+    subprocess.run([movdc, "compile", path, "-o", FOLDER / name, "--cache", FOLDER / "cache"], check=True)
+    return FOLDER / name
+
+
+def eager(module: nn.Module, prefix: str, inputs: Mapping[str, Array]) -> Array:
+    """What PyTorch makes of the same weights, which have the names that they have in a checkpoint."""
+    shapes = {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+    source = RandomSource(SEED, {key.removeprefix(prefix): shape for key, shape in shapes.items()})
+    weights = {key: source.read(key.removeprefix(prefix)) for key in shapes}
+    module.load_state_dict(weights)
+    with torch.inference_mode():
+        result: Array = module.eval()(*(torch.from_numpy(array) for array in inputs.values())).numpy()
+    return result
+
+
+def text_inputs(random: np.random.Generator) -> dict[str, Array]:
+    """A prompt of 40 tokens."""
+    mask = (np.arange(TOKENS) < PROMPT_TOKENS)[None].astype(np.float32)
+    return {"input_ids": random.integers(3, 32000, (1, TOKENS)), "text_mask": mask}
+
+
+def main() -> None:
+    """Compile twice, run each stage and print how far it is from eager."""
+    console = Console(width=120)
+    fp32 = compiled("fp32", {})
+    int8 = compiled("int8", {"quantize-int8": {"stages": ["text_encoder"]}})
+    random = np.random.default_rng(SEED)
+
+    def normal(*shape: int) -> Array:
+        return random.standard_normal(shape, np.float32)
+
+    text = text_inputs(random)
+    config = T5Config(**TEXT)
+    config._attn_implementation = "eager"
+    vae = OpenSoraVAEConfig.from_dict(VAE, VAE["spatial"])
+    evaluation = {
+        "latents": normal(1, 4, 20, 32, 32),
+        "timestep": np.array([500], np.float32),
+        "text": normal(1, TOKENS, TEXT["d_model"]),
+        "text_mask": text["text_mask"],
+    }
+    table = Table(title="relative L2 error against eager fp32 (cosine of int8's)")
+    for column in ("stage", "relative L2", "cosine"):
+        table.add_column(column, justify="left" if column == "stage" else "right")
+    encoder, denoiser = TextEncoder(config), Denoiser(STDiT3Config.from_dict(DENOISER), VIDEO)
+    temporal, spatial = TemporalDecode(vae, 17), SpatialDecode(vae)
+    cases = (
+        ("T5-XXL block, fp32", fp32, "text_encoder", "plain", encoder, "t5.", text),
+        ("T5-XXL block, int8", int8, "text_encoder", "plain", encoder, "t5.", text),
+        ("STDiT3-XL, a spatial and a temporal block", fp32, "denoiser", "plain", denoiser, "stdit.", evaluation),
+        (
+            "VAE in time, 17 frames",
+            fp32,
+            "vae_temporal",
+            "frames17",
+            temporal,
+            "",
+            {"latents": normal(1, 4, 5, 32, 32)},
+        ),
+        ("VAE in space, 4 frames", fp32, "vae_spatial", "plain", spatial, "", {"frames": normal(4, 4, 32, 32)}),
+    )
+    for name, root, stage, variant, module, prefix, inputs in cases:
+        wanted = eager(module, prefix, inputs).ravel()
+        (made,) = (array.ravel() for array in Executor(Bundle.read(root)).run(stage, variant, inputs).values())
+        if stage == "text_encoder":  # padded positions are nobody's
+            wanted, made = (array[: PROMPT_TOKENS * TEXT["d_model"]] for array in (wanted, made))
+        error = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)
+        cosine = made @ wanted / np.linalg.norm(made) / np.linalg.norm(wanted)
+        table.add_row(name, f"{error:.1e}", f"{cosine:.6f}")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
