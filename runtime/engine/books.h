@@ -34,6 +34,11 @@ class Books {
     limit_bytes_ = bytes;
   }
 
+  void RaiseLimit(uint64_t bytes) {
+    const std::lock_guard lock(mutex_);
+    limit_bytes_ = std::max(limit_bytes_, bytes);
+  }
+
   // Starts a new peak at what is held now.
   void RestartPeak() {
     const std::lock_guard lock(mutex_);

@@ -65,7 +65,7 @@ bool Engine::IsPacked(const VariantRecord& variant) {
 // run lets the workspace grow, and does nothing beside while weights are still to be packed.
 size_t Engine::Choose(const VariantRecord& variant) {
   const std::vector<ResidencyRecord>& rows = variant.residency;
-  uint64_t allowed_bytes = budget_bytes_, had_bytes = budget_bytes_;
+  uint64_t allowed_bytes = run_budget_bytes_, had_bytes = run_budget_bytes_;
   if (const uint64_t left_bytes = AvailableBytes(); left_bytes != UINT64_MAX) {
     const auto safe_bytes = static_cast<uint64_t>(static_cast<double>(left_bytes) * (1 - kSafety));
     allowed_bytes = std::min(allowed_bytes, books_.held_bytes() + safe_bytes);
@@ -75,7 +75,8 @@ size_t Engine::Choose(const VariantRecord& variant) {
   const bool packs = first && !IsPacked(variant);
   const uint64_t least_bytes = packs ? variant.first_needs_bytes : rows[0].needs_bytes;
   if (least_bytes > had_bytes) {
-    const std::string budget = budget_bytes_ == kMeasured ? "what the system has" : std::to_string(budget_bytes_);
+    const std::string budget =
+        run_budget_bytes_ == kMeasured ? "what the system has" : std::to_string(run_budget_bytes_);
     throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) + " bytes at least; the budget is " +
                       budget + ", and " + std::to_string(had_bytes) + " of it can be had now");
   }
@@ -173,8 +174,8 @@ void Engine::Run(const std::string& stage, const std::string& variant, const std
   try {
     // What a stage held does not help the next one, and would count as memory that is taken.
     if (variant_ != nullptr && variant_->stage != stage) Clear();
-    books_.SetLimit(budget_bytes_);
-    books_.RestartPeak();
+    run_budget_bytes_ = budget_bytes_;  // once: it may be set again meanwhile, and counts from the next run on
+    books_.RaiseLimit(run_budget_bytes_);
     Grow(one);
     Execute(one, inputs, outputs, next == variant, after);
     has_run_ = &one;
@@ -217,6 +218,10 @@ void Engine::Execute(const VariantRecord& variant, const std::map<std::string, B
   };
   relieve_ = false;
   Plan(variant, upcoming(0));
+  loader_->Settle();  // under the limit of before: what the run before left loading may be beyond the new one
+  books_.SetLimit(run_budget_bytes_);
+  peak_bytes_ = std::max<uint64_t>(peak_bytes_, books_.peak_bytes());
+  books_.RestartPeak();
   for (const auto& [name, buffer] : inputs) callers.emplace_back(books_, buffer.size_bytes, "input " + name);
   for (size_t i = 0; i < variant.order.size(); ++i) {
     if (relieve_.exchange(false)) Plan(variant, upcoming(i));

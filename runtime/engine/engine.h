@@ -112,7 +112,8 @@ class Engine {
   PackedCache packed_cache_;
   const PackedGroups packed_groups_;
   const Mode mode_;
-  std::atomic<uint64_t> budget_bytes_;
+  std::atomic<uint64_t> budget_bytes_;  // as it was last set
+  uint64_t run_budget_bytes_ = UINT64_MAX;  // of the run in progress, or the last one; only whoever has run_mutex_
   std::atomic<bool> relieve_ = false;  // pressure that has not been acted on
   std::atomic<bool> running_ = false;
   std::vector<uint8_t> slab_;  // this and the next one are the loader's

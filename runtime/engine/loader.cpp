@@ -67,6 +67,13 @@ void Loader::Plan(const std::vector<const PartitionRecord*>& upcoming, const Rul
   for (auto& [name, held] : freed) Free(name, std::move(held));
 }
 
+void Loader::Settle() {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [&] {
+    return std::none_of(held_.begin(), held_.end(), [](const auto& held) { return held.second.doomed; });
+  });
+}
+
 LoadedPartition& Loader::Await(const PartitionRecord& record) {
   const double start_s = trace_.Now();
   std::unique_lock lock(mutex_);

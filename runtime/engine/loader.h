@@ -44,6 +44,9 @@ class Loader {
   // is freed before this returns, or as soon as it has loaded.
   void Plan(const std::vector<const PartitionRecord*>& upcoming, const Rules& rules);
 
+  // Waits until nothing is loading that is to be freed at once.
+  void Settle();
+
   // Another variant begins, of these partitions: what is loaded of the one before goes, programs and workspace included.
   void Forget(const std::set<std::string>& members);
 
