@@ -29,6 +29,7 @@ from movdc.runtime.bundle import Bundle
 from movdc.runtime.executor import Executor
 from movdc.runtime.generate import Generator
 from movdc.runtime.video import Frames
+from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny.yaml"
 INT8 = {"quantize-int8": {}}
@@ -59,7 +60,7 @@ class Row:
 def compiled(name: str, folder: Path) -> Row:
     """Compile one setting through the command line and open the bundle."""
     out = folder / name.replace(" ", "-")
-    pipeline = ",".join(map(str, default_pipeline(SETTINGS[name])))
+    pipeline = ",".join(map(str, default_pipeline(SETTINGS[name], ExecutorchXnnpack())))
     movdc = Path(sys.executable).with_name("movdc")
     subprocess.run([movdc, "compile", EXAMPLE, "-o", out, "--passes", pipeline], check=True, capture_output=True)
     bundle = Bundle.read(out)

@@ -8,20 +8,22 @@ the last that reads them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from movdc.compiler.cost import flops, is_fused_with_users, maker, pointer_bytes, scratch_bytes, size_bytes
+from movdc.compiler.cost import flops, held_bytes, is_fused_with_users, maker, pointer_bytes, scratch_bytes, size_bytes
 from movdc.compiler.cut import NEVER, Costs
 from movdc.compiler.device import Machine
 from movdc.compiler.folded import FoldedSource
 from movdc.compiler.printer import print_node, print_type
 from movdc.compiler.program import Graph
+from movdc.runtime.bundle import DType
 
 Ints = npt.NDArray[np.int64]
 
@@ -43,7 +45,7 @@ class Chain:
     scratch_bytes: tuple[int, ...]  # of each node
     values: tuple[Value, ...]
     reads: tuple[tuple[int, ...], ...]  # the weights of each node, as indices of weight_bytes
-    weight_bytes: tuple[int, ...]
+    weight_bytes: tuple[int, ...]  # as the device holds them
     input_bytes: int  # the inputs of the stage, which stay to its end
     output_bytes: int  # its results, which are still there when the next run begins to load
     pointer_bytes: int = 0  # what convolutions keep, as long as the stage runs
@@ -54,12 +56,12 @@ class Chain:
         return len(self.flops)
 
 
-def chain_of(graph: Graph) -> Chain:
-    """Measure the nodes of a graph."""
+def chain_of(graph: Graph, held_as: Mapping[DType, DType] = MappingProxyType({})) -> Chain:
+    """Measure the nodes of a graph, whose weights the device may hold as other types."""
     nodes = graph.compute_nodes
     place = {node: index for index, node in enumerate(nodes)}
     names = {name: index for index, name in enumerate(graph.weights)}
-    sizes = {node.name: size_bytes(node) for node in graph.graph.find_nodes(op="placeholder")}
+    sizes = {node.name: held_bytes(node, held_as) for node in graph.graph.find_nodes(op="placeholder")}
     results = set(graph.output_node.all_input_nodes)
     values = []
     for node, index in place.items():

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from movdc.compiler.errors import MovdcError
-from movdc.compiler.tables import print_manifest, print_reports, print_trajectory
+from movdc.compiler.errors import MovdcError, RefusedError
+from movdc.compiler.tables import print_manifest, print_refusals, print_reports, print_trajectory
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
@@ -83,18 +83,17 @@ def compile_(
     budget_bytes = _bytes("--memory-budget", memory_budget) or spec_file.spec.memory_budget
     profile = _one_of(spec_file, "device", device, _devices())
     from movdc.compiler.compile import compile_bundle
-    from movdc.compiler.device import Machine
     from movdc.passes.pipeline import default_pipeline, in_phases, parse_pipeline
+    from movdc.targets.registry import parse_target
 
-    chosen = _one_of(spec_file, "target", target, _targets())()
+    with _said_of(spec_file, "target", target):
+        chosen = parse_target(target or spec_file.spec.target)
     family = _one_of(spec_file, "family", None, _families())()
-    machine = Machine.of(profile, budget_bytes, chosen.load_copies, chosen.value_copies, chosen.node_bytes)
-    resolved = {"target": chosen.name, "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
+    machine = chosen.machine(profile, budget_bytes)
+    resolved = {"target": str(chosen), "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
     spec_file.spec = spec_file.spec.model_copy(update=resolved)
-    try:
-        phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes))
-    except MovdcError as error:
-        raise (error if passes else spec_file.error("passes", str(error))) from None
+    with _said_of(spec_file, "passes", passes):
+        phases = in_phases(parse_pipeline(passes) if passes else default_pipeline(spec_file.spec.passes, chosen))
 
     def note(name: str, text: str) -> None:
         console.print(f"[bold]{name}[/bold]: {text}", highlight=False)
@@ -243,15 +242,18 @@ def _compile_cache() -> Path:
 @app.command("passes")
 def passes_() -> None:
     """List the passes in the order in which they run: options with their defaults, exactness, paper."""
-    from movdc.compiler.pass_base import print_option
+    from movdc.compiler.configured import print_options
     from movdc.passes.pipeline import DEFAULT, PASSES
+    from movdc.targets.registry import TARGETS, target_class
 
+    rewrites = {name: [one for one in TARGETS if name in target_class(one).rewrites] for name in PASSES}
     for name, one in PASSES.items():
-        sentence = (one.__doc__ or "").splitlines()[0]
-        options = ", ".join(f"{key}={print_option(value)}" for key, value in one.options().items())
+        when = (
+            "" if one in DEFAULT else f" (for {', '.join(rewrites[name])})" if rewrites[name] else " (when asked for)"
+        )
         lines = [
-            f"[bold]{name}[/bold]{'' if one in DEFAULT else ' (when asked for)'}: {sentence}",
-            f"    options: {options}" if options else "",
+            f"[bold]{name}[/bold]{when}: {(one.__doc__ or '').splitlines()[0]}",
+            f"    options: {print_options(one)}" if one.options() else "",
             "    exact" if one.exact else f"    not exact: {one.figure}",
             f"    {one.paper}" if one.paper else "",
         ]
@@ -260,9 +262,20 @@ def passes_() -> None:
 
 @app.command()
 def targets() -> None:
-    """List the targets."""
-    for name, one in _targets().items():
-        console.print(f"{name}: {(one.__doc__ or '').splitlines()[0]}")
+    """List the targets: what a spec may ask of them, the passes that they run, their options with the defaults."""
+    from movdc.compiler.configured import print_options
+    from movdc.targets.registry import TARGETS, target_class
+
+    for name in TARGETS:
+        one = target_class(name)
+        lines = [
+            f"[bold]{name}[/bold]: {(one.__doc__ or '').splitlines()[0]}",
+            f"    {one.abilities}",
+            f"    rewrites: {', '.join(one.rewrites)}" if one.rewrites else "",
+            f"    options: {print_options(one)}" if one.options() else "",
+            f"    needs: {', '.join(one.packages)}" if one.packages else "",
+        ]
+        console.print("\n".join(filter(None, lines)), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -273,12 +286,6 @@ def devices() -> None:
             f"{name}: usable memory {format_bytes(profile.usable_memory)}, loads {format_bytes(profile.load_rate)}/s, "
             f"computes {profile.compute_flops_per_s / 1e9:.0f} GFLOP/s ({profile.source})"
         )
-
-
-def _targets() -> dict[str, Any]:
-    from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
-
-    return {ExecutorchXnnpack.name: ExecutorchXnnpack}
 
 
 def _families() -> dict[str, Any]:
@@ -303,6 +310,15 @@ def _one_of(spec_file: Any, key: str, option: str | None, choices: dict[str, Any
     return choices[name]
 
 
+@contextmanager
+def _said_of(spec_file: Any, key: str, option: str | None) -> Iterator[None]:
+    """Errors name where the text that they are about was given: the option, or else the line of the YAML."""
+    try:
+        yield
+    except MovdcError as error:
+        raise (MovdcError(f"--{key}: {error}") if option else spec_file.error(key, str(error))) from None
+
+
 def _bytes(option: str, text: str | None) -> int | None:
     try:
         return None if text is None else parse_bytes(text)
@@ -325,6 +341,8 @@ def main() -> None:
     try:
         sys.exit(app(standalone_mode=False))
     except (MovdcError, RunError) as error:
+        if isinstance(error, RefusedError):
+            print_refusals(errors, error.refusals)
         errors.print(f"[red]error:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except UsageError as error:  # an option that does not exist, a number out of range

@@ -20,6 +20,7 @@ from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
+from movdc.compiler.refusals import check_runs
 from movdc.compiler.residency import most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
@@ -47,6 +48,8 @@ def compile_bundle(
     What is finished goes to the cache and is taken from there; without one, everything is made and nothing is kept.
     """
     passes = [one for _, some in phases for one in some]
+    versions = target.versions()
+    _check_abilities(spec_file, passes, target)
     with new_bundle(out) as writer, open_cache(cache_root) if cache_root else passing_cache(writer.root) as cache:
         checkpoints = family.checkpoints(spec_file)
         _pin(spec_file, checkpoints, note)
@@ -61,12 +64,27 @@ def compile_bundle(
             update={
                 "spec": spec_file.spec.model_dump(mode="json"),
                 "pipeline": ",".join(map(str, passes)),
-                "versions": {"movdc": version("movdc"), "python": platform.python_version()} | target.versions(),
+                "versions": {"movdc": version("movdc"), "python": platform.python_version()} | versions,
             }
         )
         check_manifest(manifest)
         writer.finish(manifest)
     return manifest
+
+
+def _check_abilities(spec_file: SpecFile, passes: Sequence[Pass], target: Target) -> None:
+    """Raise MovdcError for the first thing that the spec asks for and the target cannot do."""
+    for one in passes:
+        if reason := one.unable(target.abilities):
+            message = f"{one.name} is not for target {target.name}: {reason}; leave it out, or choose another target"
+            asked = one.name in spec_file.spec.passes
+            raise spec_file.error(f"passes.{one.name}", message) if asked else MovdcError(f"--passes: {message}")
+    if spec_file.spec.text_encoder.buckets and not target.abilities.shared_weights:
+        raise spec_file.error(
+            "text_encoder.buckets",
+            f"target {target.name} would store the weights again for each length; leave buckets out, or choose another "
+            "target",
+        )
 
 
 def _pin(spec_file: SpecFile, checkpoints: Sequence[Checkpoint], note: Callable[[str, str], None]) -> None:
@@ -99,7 +117,7 @@ def _plan_and_lower(
     """
     for left in range(_PLANS - 1, -1, -1):
         program, planners = _optimise(spec_file, family, machine, phases, dump, progress, note)
-        _refuse(program, target)
+        check_runs(program, target)
         try:
             return _lower(program, family, target, writer, cache, progress, jobs), planners
         except BudgetError as error:
@@ -205,10 +223,3 @@ def _video(program: Program) -> Video:
 def _dump(folder: Path, name: str, program: Program) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.txt").write_text(print_program(program))
-
-
-def _refuse(program: Program, target: Target) -> None:
-    for stage, _, graph in program.graphs():
-        for node in graph.compute_nodes:
-            if reason := target.refuse(node):
-                raise MovdcError(f"{stage}: {target.name} cannot run %{node.name} ({node.target}): {reason}")

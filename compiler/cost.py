@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import fx
 
-from movdc.compiler.program import Graph
+from movdc.compiler.program import DTYPES, Graph, value_of
 from movdc.compiler.trace import is_pick
+from movdc.runtime.bundle import ITEM_BYTES, DType
 
 aten = torch.ops.aten
 
@@ -39,6 +41,13 @@ def is_fused_with_users(node: fx.Node) -> bool:
 def weight_bytes(node: fx.Node, graph: Graph) -> int:
     """Bytes of the weights that a node reads."""
     return sum(size_bytes(source) for source in node.all_input_nodes if source.name in graph.weights)
+
+
+def held_bytes(weight: fx.Node, held_as: Mapping[DType, DType]) -> int:
+    """Bytes that a device holds of a weight, where it holds weights of some types as another one."""
+    value = value_of(weight)
+    stored = DTYPES[value.dtype]
+    return value.numel() * ITEM_BYTES[held_as.get(stored, stored)]
 
 
 def scratch_bytes(node: fx.Node) -> int:

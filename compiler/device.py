@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import tomllib
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from movdc.compiler.units import parse_bytes
+from movdc.runtime.bundle import DType
 
 SLAB_BYTES = 256 * 1024  # a read of this size costs no more a byte than a larger one (docs/loading.md)
 
@@ -45,6 +47,7 @@ class Machine:
     value_copies: float = 1.0  # bytes that a running program takes, per byte of the values within it
     node_bytes: int = 0  # that a program takes for each of its nodes, as long as its stage runs
     slab_bytes: int = 0  # what the engine reads files through, held all the time
+    held_as: Mapping[DType, DType] = field(default_factory=dict)  # types of weights that it holds as another one
     reserves: tuple[tuple[str, int], ...] = ()  # stages, and the bytes that estimates have missed there
 
     def planning(self, stage: str) -> Machine:
@@ -56,22 +59,6 @@ class Machine:
         reserves = dict(self.reserves)
         reserves[stage] = reserves.get(stage, 0) + more_bytes
         return replace(self, reserves=tuple(reserves.items()))
-
-    @classmethod
-    def of(
-        cls, profile: DeviceProfile, budget_bytes: int | None, load_copies: float, value_copies: float, node_bytes: int
-    ) -> Machine:
-        """The machine of a profile; a budget given explicitly replaces the profile's."""
-        return cls(
-            budget_bytes or profile.usable_memory,
-            profile.load_rate,
-            profile.compute_flops_per_s,
-            profile.load_overhead_s,
-            load_copies,
-            value_copies,
-            node_bytes,
-            SLAB_BYTES,
-        )
 
     def load_s(self, weight_bytes: float) -> float:
         """Predicted seconds to load a partition."""

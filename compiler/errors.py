@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 
 class MovdcError(Exception):
     """The input cannot be compiled; the message is one sentence: what, where, what is allowed, what to do next."""
@@ -14,6 +17,30 @@ class BudgetError(MovdcError):
         super().__init__(f"{stage}: {message}")
         self.stage = stage
         self.excess_bytes = excess_bytes
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A node that a target refuses, in every place of the model that repeats it."""
+
+    stage: str
+    node: str  # the first one
+    operator: str
+    module: str  # its path in the model, with * for the numbers of repeated blocks
+    reason: str
+    count: int
+
+
+class RefusedError(MovdcError):
+    """A target cannot run a program; the command line prints `refusals` as a table."""
+
+    def __init__(self, target: str, refusals: Sequence[Refusal]) -> None:
+        first, count = refusals[0], sum(one.count for one in refusals)
+        super().__init__(
+            f"target {target} cannot run {count} of the nodes, which the table names; the first is %{first.node} "
+            f"({first.operator}) of {first.stage}: {first.reason}"
+        )
+        self.refusals = tuple(refusals)
 
 
 class InternalError(Exception):

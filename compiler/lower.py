@@ -38,6 +38,8 @@ class _Program:
     entry: Entry
     slots: tuple[Slot, ...]
     memory: Memory
+    delegated_nodes: int
+    fallback: Mapping[str, int]
 
 
 def lower(
@@ -51,11 +53,11 @@ def lower(
     lowered_as: dict[str, str] = {}  # the template of each partition
     pieces: dict[tuple[str, str], dict[str, Piece]] = {}
     for stage_name, variant, graph in program.graphs():
-        own = {_name(stage_name, variant, index): piece for index, piece in enumerate(split(graph))}
+        own = {_name(stage_name, variant, index): piece for index, piece in enumerate(split(graph, stage_name))}
         pieces[stage_name, variant] = own
         for name, template in zip(own, graph.templates or own, strict=True):
-            lowered_as[name] = template
-            templates.setdefault(template, own[name])
+            lowered_as[name] = f"{stage_name} {template}"
+            templates.setdefault(lowered_as[name], own[name])
     programs = _programs(templates, target, cache, progress, jobs)
     made: dict[str, Partition] = {}
     stages = []
@@ -65,7 +67,7 @@ def lower(
             parts = []
             for name, piece in pieces[stage.name, variant].items():
                 one = programs[lowered_as[name]]
-                parts.append(_partition(name, piece, writer.program_path(one.entry, target.program_suffix), one.memory))
+                parts.append(_partition(name, piece, writer.program_path(one.entry, target.program_suffix), one))
             chain = Chain.of(parts, graph.inputs, program.machine.slab_bytes)
             variants[variant] = variant_of(
                 chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
@@ -73,7 +75,7 @@ def lower(
             made |= {part.name: part for part in parts}
         stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
     files = {
-        name: files_of(piece, programs[lowered_as[name]].slots, target)
+        name: files_of(piece, programs[lowered_as[name]].slots, programs[lowered_as[name]].entry, target)
         for own in pieces.values()
         for name, piece in own.items()
     }
@@ -82,14 +84,17 @@ def lower(
     errors = LayerErrors()
     for (stage_name, _), own in pieces.items():
         for name in own:
-            writer.add_program(programs[lowered_as[name]].entry, target.program_suffix)
-            weights = []
+            program_entry, weights = programs[lowered_as[name]].entry, []
             for file in files[name]:
                 entry = entries[file.key]
                 errors.add(stage_name, file.refs, entry.note["sqnr_db"])
+                if file.template is not None:
+                    program_entry = entry
+                    continue
                 constants = TypeAdapter(tuple[Constant, ...]).validate_python(entry.note["constants"])
                 weights.append(writer.add_weights(entry, target.weights_suffix, constants))
-            made[name] = made[name].model_copy(update={"weights": tuple(weights)})
+            path = writer.add_program(program_entry, target.program_suffix)
+            made[name] = made[name].model_copy(update={"program": path, "weights": tuple(weights)})
     return Lowered(tuple(stages), tuple(made.values()), errors.worst_first())
 
 
@@ -101,16 +106,23 @@ def _programs(
     templates: Mapping[str, Piece], target: Target, cache: CompileCache, progress: Progress, jobs: int
 ) -> dict[str, _Program]:
     """The program of each template; one that is made goes to the cache at once."""
-    keys = {template: key_of("program", target.program_identity, piece.text()) for template, piece in templates.items()}
+    identity = target.program_identity
+    keys = {one: key_of("program", identity, piece.stage, piece.text()) for one, piece in templates.items()}
     programs: dict[str, _Program] = {}
 
     def add(template: str, entry: Entry) -> None:
         slots = TypeAdapter(tuple[Slot, ...]).validate_python(entry.note["slots"])
-        programs[template] = _Program(entry, slots, Memory(**entry.note["memory"]))
+        memory = Memory(**entry.note["memory"])
+        programs[template] = _Program(entry, slots, memory, entry.note["delegated_nodes"], entry.note["fallback"])
         progress("lower", len(programs), len(templates))
 
     def done(template: str, artifact: Artifact) -> None:
-        note = {"slots": [asdict(slot) for slot in artifact.slots], "memory": asdict(artifact.memory)}
+        note = {
+            "slots": [asdict(slot) for slot in artifact.slots],
+            "memory": asdict(artifact.memory),
+            "delegated_nodes": artifact.delegated_nodes,
+            "fallback": dict(sorted(artifact.fallback.items())),
+        }
         add(template, cache.put(keys[template], artifact.program, artifact.sha256, note))
 
     progress("lower", 0, len(templates))
@@ -122,11 +134,12 @@ def _programs(
     return programs
 
 
-def _partition(name: str, piece: Piece, program: str, memory: Memory) -> Partition:
+def _partition(name: str, piece: Piece, path: str, program: _Program) -> Partition:
     """A partition whose weights are not written yet."""
+    memory = program.memory
     return Partition(
         name=name,
-        program=program,
+        program=path,
         weights=(),
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),
@@ -137,4 +150,6 @@ def _partition(name: str, piece: Piece, program: str, memory: Memory) -> Partiti
         workspace_bytes=memory.workspace_bytes,
         planned_bytes=memory.planned_bytes,
         flops=piece.flops,
+        delegated_nodes=program.delegated_nodes,
+        fallback=dict(program.fallback),
     )

@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, fields
-from typing import Any, ClassVar, Self, get_type_hints
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import ClassVar
 
-from pydantic import TypeAdapter, ValidationError
-
+from movdc.compiler.abilities import Abilities
+from movdc.compiler.configured import Configured
 from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
 from movdc.compiler.verifier import verify
 from movdc.runtime.bundle import Sampler
-
-Option = bool | int | float | str | tuple[str, ...] | None
 
 
 @dataclass(frozen=True)
@@ -30,13 +28,10 @@ class PassResult:
 
 
 @dataclass(frozen=True)
-class Pass(ABC):
-    """One rewrite of the Program; its fields are its options, and it prints as name{option=value,...}.
+class Pass(Configured, ABC):
+    """One rewrite of the Program."""
 
-    Options are bool, int, float, str, a tuple of str, or None for "decided by the program".
-    """
-
-    name: ClassVar[str]
+    kind: ClassVar[str] = "pass"
     exact: ClassVar[bool]  # the results are the same numbers, up to the order of summation
     figure: ClassVar[str] = ""  # what the results of a pass that is not exact are held to, in words
     paper: ClassVar[str] = ""  # arXiv id and section
@@ -54,11 +49,15 @@ class Pass(ABC):
         """
         return sampler
 
-    def requires(self, program: Program) -> None:  # noqa: B027  # most passes take any program
+    def requires(self, program: Program) -> None:  # most passes take any program
         """Raise MovdcError if the program is not one that this pass can take."""
 
-    def ensures(self, program: Program) -> None:  # noqa: B027  # most promises are the verifier's already
+    def ensures(self, program: Program) -> None:  # most promises are the verifier's already
         """Raise InternalError if what this pass made is not what it promises."""
+
+    def unable(self, abilities: Abilities) -> str | None:
+        """Why a target of such abilities cannot run what this pass makes, or None."""
+        return None
 
     def __call__(self, program: Program) -> PassResult:
         """Apply under the contract: valid output, the same stage interfaces, an honest `modified`, idempotence."""
@@ -83,32 +82,6 @@ class Pass(ABC):
             if (graph.inputs, graph.outputs) not in known.get(stage, []):
                 raise InternalError(f"changes the inputs or outputs of {stage} ({variant})")
 
-    def __str__(self) -> str:
-        options = [
-            f"{field.name}={print_option(getattr(self, field.name))}"
-            for field in fields(self)
-            if field.default is MISSING or getattr(self, field.name) != field.default
-        ]
-        return f"{self.name}{{{','.join(options)}}}" if options else self.name
-
-    @classmethod
-    def options(cls) -> dict[str, object]:
-        """Option names with their defaults."""
-        return {field.name: field.default for field in fields(cls)}
-
-    @classmethod
-    def configured(cls, options: Mapping[str, Any]) -> Self:
-        """The pass with options as YAML or text gives them; raises MovdcError naming what is allowed."""
-        known: dict[str, Field[Any]] = {field.name: field for field in fields(cls)}
-        hints = get_type_hints(cls)
-        values = {}
-        for key, value in options.items():
-            if key not in known:
-                allowed = ", ".join(known) or "none"
-                raise MovdcError(f"pass {cls.name}: unknown option {key!r}; its options are {allowed}")
-            values[key] = _parse_option(f"pass {cls.name}: option {key}", hints[key], value)
-        return cls(**values)
-
     @property
     def identity(self) -> str:
         """Hash of source and options: two passes of one identity make the same graphs of the same graphs."""
@@ -117,26 +90,6 @@ class Pass(ABC):
         ours = [one for one in type(self).__mro__ if issubclass(one, Pass)]  # a base that changes, changes its passes
         sources = [inspect.getsource(inspect.getmodule(one) or one) for one in ours]
         return hashlib.sha256(f"{sources}{values!r}".encode()).hexdigest()
-
-
-def print_option(value: object) -> str:
-    """An option's value as the text of a pipeline has it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "|".join(value) if isinstance(value, tuple) else str(value)
-
-
-def _parse_option(where: str, hint: Any, value: Any) -> Option:
-    """A value of the option's type, from YAML or from the text of a pipeline."""
-    if value == "None":
-        value = None
-    elif isinstance(value, str) and "tuple" in str(hint):
-        value = tuple(value.split("|")) if value else ()
-    try:
-        parsed: Option = TypeAdapter(hint).validate_python(value)
-    except ValidationError as error:
-        raise MovdcError(f"{where}: {error.errors()[0]['msg']}, got {value!r}") from None
-    return parsed
 
 
 def run_passes(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,7 @@ class Piece:
     inputs: tuple[fx.Node, ...]
     outputs: tuple[fx.Node, ...]
     weights: tuple[PieceWeight, ...]
+    stage: str = ""  # whose piece it is, for targets that lower stages differently
 
     @property
     def weight_bytes(self) -> int:
@@ -129,14 +130,14 @@ class Piece:
         return "\n".join(lines) + "\n"
 
 
-def split(graph: Graph) -> list[Piece]:
+def split(graph: Graph, stage: str = "") -> list[Piece]:
     """The pieces of a graph, in order."""
     groups: list[list[fx.Node]] = [[]]
     for node in graph.compute_nodes:
         groups[-1].append(node)
         if node.name in graph.cuts:
             groups.append([])
-    return [piece_of(graph, group) for group in groups]
+    return [replace(piece_of(graph, group), stage=stage) for group in groups]
 
 
 def piece_of(graph: Graph, nodes: Sequence[fx.Node]) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from movdc.compiler.errors import Refusal
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import LayerError, Manifest, Variant
 from movdc.runtime.sampler import Trajectory
@@ -49,19 +51,30 @@ def print_reports(console: Console, reports: Mapping[str, Sequence[RunReport]]) 
     Console(width=max(console.width, _COLUMNS)).print(table)
 
 
+def print_refusals(console: Console, refusals: Sequence[Refusal]) -> None:
+    """What a target cannot run, where it comes from, and why."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("stage", "nodes", "first node", "operator", "module", "reason"):
+        table.add_column(column, justify="right" if column == "nodes" else "left", overflow="fold")
+    for one in refusals:
+        table.add_row(one.stage, str(one.count), f"%{one.node}", one.operator, one.module or "-", one.reason)
+    Console(file=console.file, width=max(console.width, _COLUMNS)).print(table)
+
+
 def print_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
     """The partitions, the levels of each stage, what int8 loses, and the predicted peak."""
     title = f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}; sizes in KiB"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     text = ("partition", "program", "weight files")
-    for column in ("partition", "weights", "working", "in", "out", "MFLOP", "program", "weight files"):
+    for column in ("partition", "weights", "working", "in", "out", "MFLOP", "nodes", "others", *text[1:]):
         table.add_column(column, justify="left" if column in text else "right", no_wrap=True)
-    table.caption = "files by the first 8 digits of their names"
+    table.caption = "files by the first 8 digits of their names; others: nodes that the target's own kernels leave out"
     for one in manifest.partitions:
         tensors = [sum(spec.size_bytes for spec in specs) for specs in (one.inputs, one.outputs)]
         sizes = (f"{size / 1024:.0f}" for size in (one.weight_bytes, one.workspace_bytes + one.planned_bytes, *tensors))
         files = (Path(path).stem[:8] for path in (one.program, *one.weights))
-        table.add_row(one.name, *sizes, f"{one.flops / 1e6:.0f}", next(files), " ".join(files) or "-")
+        nodes = (one.delegated_nodes, sum(one.fallback.values()))
+        table.add_row(one.name, *sizes, f"{one.flops / 1e6:.0f}", *map(str, nodes), next(files), " ".join(files) or "-")
     Console(width=max(console.width, _COLUMNS)).print(table)
     for stage in manifest.stages:
         for name, variant in stage.variants.items():
@@ -69,6 +82,11 @@ def print_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
                 f"{stage.name} ({name}), {stage.cadence}: {len(variant.order)} partitions, "
                 f"peak {format_bytes(variant.peak_bytes)}, {_kept(variant, manifest.budget_bytes)}"
             )
+    others = Counter[str]()
+    for one in manifest.partitions:
+        others.update(one.fallback)
+    if others:
+        console.print(f"others: {', '.join(f'{count} {name}' for name, count in others.most_common())}")
     if manifest.quantization:
         console.print(_quantization_table(manifest.quantization))
     console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")

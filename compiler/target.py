@@ -2,23 +2,33 @@
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import math
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, fx
 
+from movdc.compiler.abilities import Abilities
+from movdc.compiler.configured import Configured
+from movdc.compiler.cost import held_bytes
+from movdc.compiler.device import SLAB_BYTES, DeviceProfile, Machine
+from movdc.compiler.errors import InternalError, MovdcError
+from movdc.compiler.hashed_file import HashedFile
 from movdc.compiler.identity import code_identity, library_identity
 from movdc.compiler.int8 import Loss
 from movdc.compiler.pieces import Piece
-from movdc.compiler.weights import WeightRef
+from movdc.compiler.weights import INT8, WeightRef
 from movdc.runtime.bundle import ITEM_BYTES, Constant, DType
 
+ALIGNMENT_BYTES = 64  # of each tensor in a file of weights: a cache line, and what vector loads want
 _WRITES_WEIGHTS = ("pieces", "weights", "int8", "folded", "target")  # modules of the compiler
 
 
@@ -63,6 +73,8 @@ class Artifact:
     sha256: str  # of the program
     slots: tuple[Slot, ...]
     memory: Memory
+    delegated_nodes: int  # operators that the target's own kernels run
+    fallback: Mapping[str, int] = field(default_factory=dict)  # operators that run elsewhere, and how many of each
 
 
 @dataclass(frozen=True)
@@ -75,26 +87,20 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Target(ABC):
+class Target(Configured, ABC):
     """An emitter; subclasses import their SDK inside the methods, so that listing targets needs none."""
 
-    name: ClassVar[str]
+    kind: ClassVar[str] = "target"
+    abilities: ClassVar[Abilities]
+    packages: ClassVar[tuple[str, ...]]  # of the SDK: with other versions, programs and weights are made anew
+    rewrites: ClassVar[tuple[str, ...]] = ()  # passes that turn what it would refuse into what it runs
     program_suffix: ClassVar[str]
-    weights_suffix: ClassVar[str]
-    load_copies: ClassVar[float]  # bytes held while weights are loaded for the first time, per byte of weights
-    value_copies: ClassVar[float]  # bytes that a running program takes, per byte of the values within it
-    node_bytes: ClassVar[int]  # that a loaded program takes for each of its nodes
-
-    @property
-    def identity(self) -> str:
-        """What weights depend on beside the checkpoint: our code and the SDK."""
-        code = code_identity("movdc.targets", *(f"movdc.compiler.{name}" for name in _WRITES_WEIGHTS))
-        return f"{self.name} {code} {sorted(self.versions().items())} {platform.machine()}"
-
-    @property
-    def program_identity(self) -> str:
-        """What programs depend on beside the piece: the same, and the engine that measures them."""
-        return f"{self.identity} {library_identity('movdc.runtime')}"
+    weights_suffix: ClassVar[str] = ".bin"
+    # A partition's program has its weights inside: it is the template's, with these in the place of the stand-ins.
+    weights_in_program: ClassVar[bool] = False
+    load_copies: ClassVar[float] = 2.0  # bytes held while weights are loaded for the first time, per byte as held
+    value_copies: ClassVar[float] = 1.0  # bytes that a running program takes, per byte of the values within it
+    node_bytes: ClassVar[int] = 0  # that a loaded program takes for each of its nodes
 
     @abstractmethod
     def refuse(self, node: fx.Node) -> str | None:
@@ -104,10 +110,94 @@ class Target(ABC):
     def emit(self, piece: Piece, directory: Path) -> Artifact:
         """Lower a piece with stand-ins for its weights; reads no weight."""
 
-    @abstractmethod
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write the weights of one piece (by name) under the keys of its program, a part of a tensor at a time."""
+        return write_plain(slots, refs, path)
 
-    @abstractmethod
+    def fill(self, program: Path, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
+        """Write a template's program again with weights inside, where they belong there; it has no constants."""
+        raise InternalError(f"{self.name} keeps weights outside of programs")
+
+    def held_as(self) -> Mapping[DType, DType]:
+        """The types of weights that the device holds as another one, such as int8 restored to fp32."""
+        return {}
+
+    def estimate(self, piece: Piece) -> Memory:
+        """What a program takes by the planner's own figures, for targets whose programs cannot be measured here."""
+        return Memory(
+            held_bytes=sum(held_bytes(weight.node, self.held_as()) for weight in piece.weights),
+            program_bytes=self.node_bytes * len(piece.nodes),
+            workspace_bytes=int(self.value_copies * piece.working_bytes),
+            planned_bytes=0,
+        )
+
+    def machine(self, profile: DeviceProfile, budget_bytes: int | None) -> Machine:
+        """What partitions are planned for; a budget given explicitly replaces the profile's."""
+        return Machine(
+            budget_bytes=budget_bytes or profile.usable_memory,
+            load_bytes_per_s=profile.load_rate,
+            compute_flops_per_s=profile.compute_flops_per_s,
+            load_overhead_s=profile.load_overhead_s,
+            load_copies=self.load_copies,
+            value_copies=self.value_copies,
+            node_bytes=self.node_bytes,
+            slab_bytes=SLAB_BYTES,
+            held_as=self.held_as(),
+        )
+
     def versions(self) -> dict[str, str]:
-        """The SDK's packages with their versions: with another one, programs and weights are made anew."""
+        """The SDK's packages with their versions; raises MovdcError saying how to install what is missing."""
+        found = {name: _version(name) for name in self.packages}
+        if missing := [name for name, installed in found.items() if installed is None]:
+            raise MovdcError(
+                f"target {self.name} needs {' and '.join(missing)}, which this environment lacks; install with "
+                f"`pip install -c constraints.txt {' '.join(missing)}`"
+            )
+        return {name: installed for name, installed in found.items() if installed is not None}
+
+    @property
+    def identity(self) -> str:
+        """What weights depend on beside the checkpoint: our code and the SDK."""
+        ours = [one for one in type(self).__mro__ if issubclass(one, Target)]
+        sources = [inspect.getsource(inspect.getmodule(one) or one) for one in ours]
+        code = code_identity("movdc.targets", *(f"movdc.compiler.{name}" for name in _WRITES_WEIGHTS))
+        own = hashlib.sha256("".join(sources).encode()).hexdigest()
+        return f"{self} {own} {code} {sorted(self.versions().items())} {platform.machine()}"
+
+    @property
+    def program_identity(self) -> str:
+        """What programs depend on beside the piece: the same, and the engine that measures them."""
+        return f"{self.identity} {library_identity('movdc.runtime')}"
+
+
+def write_plain(slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
+    """Write tensors one behind the other, aligned, in the order of the refs: what is read twice is read in a row."""
+    order = {name: index for index, name in enumerate(refs)}
+    losses: dict[str, Loss] = {slot.weight: Loss() for slot in slots if INT8 in refs[slot.weight].transforms}
+    constants = []
+    with HashedFile(path) as file:
+        for slot in sorted(slots, key=lambda slot: (order[slot.weight], slot.key)):
+            file.pad_to(-(-file.size_bytes // ALIGNMENT_BYTES) * ALIGNMENT_BYTES)
+            constants.append(
+                Constant(
+                    key=slot.key,
+                    offset_bytes=file.size_bytes,
+                    size_bytes=slot.size_bytes,
+                    dtype=slot.dtype or "u8",
+                    shape=slot.shape,
+                )
+            )
+            end_bytes = file.size_bytes + slot.size_bytes
+            for part in slot.parts(refs[slot.weight], losses.get(slot.weight)):
+                file.write_tensor(part)
+            if file.size_bytes != end_bytes:
+                raise InternalError(f"{refs[slot.weight]} does not have the {slot.size_bytes} bytes of its slot")
+    constants.sort(key=lambda constant: constant.key)
+    return Written(tuple(constants), file.sha256, {name: loss.sqnr_db for name, loss in losses.items()})
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

@@ -22,10 +22,17 @@ class WantedFile:
     key: str
     slots: Sequence[Slot]
     refs: Mapping[str, WeightRef]
+    template: Entry | None = None  # the program that the weights are written into, where that is how a target has them
 
 
-def files_of(piece: Piece, slots: Sequence[Slot], target: Target) -> list[WantedFile]:
-    """A file for each group of the piece's weights, so that variants share those of the checkpoint."""
+def files_of(piece: Piece, slots: Sequence[Slot], template: Entry, target: Target) -> list[WantedFile]:
+    """A file for each group of the piece's weights, so that variants share those of the checkpoint.
+
+    A target whose programs have their weights inside gets one file, which is the partition's program.
+    """
+    if target.weights_in_program:
+        refs = {weight.name: weight.ref for weight in piece.weights}
+        return [WantedFile(_key(slots, refs, target, template), slots, refs, template)] if slots else []
     files = []
     for group in ("weights", "tables"):  # what variants share comes first, and they share what is packed of it, too
         refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
@@ -73,13 +80,17 @@ def _make(file: WantedFile, target: Target, cache: CompileCache) -> Entry:
     if entry := cache.get(file.key):
         return entry
     path = cache.work / file.key
-    written = target.write_weights(file.slots, file.refs, path)
-    if _key(file.slots, file.refs, target) != file.key:
+    if file.template is None:
+        written = target.write_weights(file.slots, file.refs, path)
+    else:
+        written = target.fill(file.template.path, file.slots, file.refs, path)
+    if _key(file.slots, file.refs, target, file.template) != file.key:
         changed = sorted({ref.source.label for ref in file.refs.values()})
         raise MovdcError(f"the checkpoint {', '.join(changed)} changed while it was read; compile again")
     constants = [constant.model_dump() for constant in written.constants]
     return cache.put(file.key, path, written.sha256, {"constants": constants, "sqnr_db": dict(written.sqnr_db)})
 
 
-def _key(slots: Sequence[Slot], refs: Mapping[str, WeightRef], target: Target) -> str:
-    return key_of("weights", target.identity, *(f"{slot} = {refs[slot.weight].identity}" for slot in slots))
+def _key(slots: Sequence[Slot], refs: Mapping[str, WeightRef], target: Target, template: Entry | None = None) -> str:
+    kind = ("weights",) if template is None else ("program", template.sha256)
+    return key_of(*kind, target.identity, *(f"{slot} = {refs[slot.weight].identity}" for slot in slots))

@@ -106,7 +106,9 @@ def _plan(graphs: Sequence[Graph], machine: Machine, options: Partition) -> _Pla
     positions = common_positions(graphs)
     each = list(zip(*positions, strict=True))
     most_bytes = options.weights_mb * 10**6
-    of_all = largest(costs(chain_of(one), own, machine, most_bytes) for one, own in zip(graphs, each, strict=True))
+    of_all = largest(
+        costs(chain_of(one, machine.held_as), own, machine, most_bytes) for one, own in zip(graphs, each, strict=True)
+    )
     texts = zip(*[stretch_texts(graph, own) for graph, own in zip(graphs, each, strict=True)], strict=True)
     numbers: dict[tuple[str, ...], int] = {}
     kinds = [numbers.setdefault(text, len(numbers)) for text in texts]
@@ -132,7 +134,8 @@ def _infeasible(program: Program) -> BudgetError:
     smallest = []
     for stage, _, graph in program.graphs():
         positions = common_positions([graph])
-        needed_bytes, step = smallest_budget(costs(chain_of(graph), [one for (one,) in positions], program.machine))
+        chain = chain_of(graph, program.machine.held_as)
+        needed_bytes, step = smallest_budget(costs(chain, [one for (one,) in positions], program.machine))
         needed_bytes += dict(program.machine.reserves).get(stage, 0)
         node = graph.compute_nodes[positions[step + 1][0] - 1]
         smallest.append((needed_bytes, stage, f"%{node.name} ({node.target})"))

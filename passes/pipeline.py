@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from movdc.compiler.configured import split_text
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.pass_base import Pass
+from movdc.compiler.target import Target
 from movdc.passes.attention_to_bmm import AttentionToBmm
 from movdc.passes.canonicalize import Canonicalize
 from movdc.passes.conv3d_to_conv2d import Conv3dToConv2d
@@ -28,39 +30,28 @@ PHASES: dict[str, tuple[type[Pass], ...]] = {
     "sampler": (Leap,),
     "partitions": (Partition, ShareTemplates),
 }
-# The passes of every compile; the others run when the YAML or --passes names them.
-DEFAULT: tuple[type[Pass], ...] = (
-    Canonicalize,
-    SplitToSlices,
-    AttentionToBmm,
-    GeluToTanh,
-    Conv3dToConv2d,
-    Partition,
-    ShareTemplates,
-)
+# The passes of every compile. Others run where the target rewrites what it cannot run otherwise, and when the YAML or
+# --passes names them.
+DEFAULT: tuple[type[Pass], ...] = (Canonicalize, Partition, ShareTemplates)
 
 PASSES: dict[str, type[Pass]] = {one.name: one for phase in PHASES.values() for one in phase}
 PHASE_OF: dict[str, str] = {one.name: phase for phase, some in PHASES.items() for one in some}
 
 
-def default_pipeline(options: Mapping[str, Mapping[str, Any]]) -> tuple[Pass, ...]:
-    """The default passes and those that `options` names (pass name -> options), in the order of the phases."""
+def default_pipeline(options: Mapping[str, Mapping[str, Any]], target: Target) -> tuple[Pass, ...]:
+    """The default passes, those that the target needs, and what `options` names (name -> options), in their order."""
     for name in options:
         _known(name)
-    return tuple(
-        one.configured(options.get(name, {})) for name, one in PASSES.items() if one in DEFAULT or name in options
-    )
+    wanted = {*(one.name for one in DEFAULT), *target.rewrites, *options}
+    return tuple(one.configured(options.get(name, {})) for name, one in PASSES.items() if name in wanted)
 
 
 def parse_pipeline(text: str) -> tuple[Pass, ...]:
     """The passes of `canonicalize,merge-tokens{steps=15}`; raises MovdcError for what is unknown or out of order."""
     passes = []
     for part in re.split(r",(?![^{]*\})", text):
-        match = re.fullmatch(r"\s*([a-z0-9-]+)\s*(?:\{(.*)\})?\s*", part)
-        if not match:
-            raise MovdcError(f"--passes: {part.strip()!r} is not name or name{{option=value,...}}")
-        pairs = [pair.partition("=") for pair in (match[2] or "").split(",") if pair.strip()]
-        passes.append(_known(match[1]).configured({key.strip(): value.strip() for key, _, value in pairs}))
+        name, options = split_text(part)
+        passes.append(_known(name).configured(options))
     check_order(passes)
     return tuple(passes)
 
@@ -75,10 +66,10 @@ def check_order(passes: Sequence[Pass]) -> None:
     names = [one.name for one in passes]
     for index, one in enumerate(passes):
         if one.name in names[:index]:
-            raise MovdcError(f"--passes: {one.name} comes twice; keep one")
+            raise MovdcError(f"{one.name} comes twice; keep one")
         for earlier in one.after:
             if earlier in names[index:]:
-                raise MovdcError(f"--passes: {one.name} must run after {earlier}; move it behind")
+                raise MovdcError(f"{one.name} must run after {earlier}; move it behind")
 
 
 def _known(name: str) -> type[Pass]:

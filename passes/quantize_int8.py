@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import fx
 
+from movdc.compiler.abilities import Abilities
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.int8_readers import look_up_int8, multiply_int8, reader_kind
 from movdc.compiler.pass_base import Pass, PassResult
@@ -50,6 +51,16 @@ class QuantizeInt8(Pass):
     stages: tuple[str, ...] = ("text_encoder",)  # patterns of stage names
     keep: tuple[str, ...] = ()  # patterns of weight keys that stay as they are
     embeddings: bool = False  # also the rows that are looked up
+
+    def unable(self, abilities: Abilities) -> str | None:
+        """Targets differ in what they do with int8."""
+        if abilities.int8_products is None:
+            return "it has no products with int8 weights"
+        return (
+            "it has no rows in int8, which `embeddings` asks for"
+            if self.embeddings and not abilities.int8_rows
+            else None
+        )
 
     def requires(self, program: Program) -> None:
         """Every pattern means something: a misspelt one would leave a model large, or inexact, without a word."""

@@ -8,18 +8,19 @@ import mmap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from movdc.compiler.abilities import Abilities
 from movdc.compiler.hashed_file import HashedFile
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import WeightRef
+from movdc.targets.delegation import delegation
 from movdc.targets.footprint import measure
 from movdc.targets.ptd import constants_of, recognise, write_ptd
 
@@ -31,6 +32,9 @@ class ExecutorchXnnpack(Target):
     """A small .pte program and a .ptd file with all its weights, which stock ExecuTorch runs too."""
 
     name: ClassVar[str] = "executorch-xnnpack"
+    abilities: ClassVar[Abilities] = Abilities(int8_products="int8", int8_rows=True)
+    packages: ClassVar[tuple[str, ...]] = ("torch", "executorch")  # executorch brings XNNPACK, torch exports
+    rewrites: ClassVar[tuple[str, ...]] = ("split-to-slices", "attention-to-bmm", "gelu-to-tanh", "conv3d-to-conv2d")
     program_suffix: ClassVar[str] = ".pte"
     weights_suffix: ClassVar[str] = ".ptd"
     load_copies: ClassVar[float] = 2.1  # XNNPACK packs the mapped weights into its own, slightly larger copy
@@ -63,6 +67,7 @@ class ExecutorchXnnpack(Target):
                 if node.name not in exported.graph_signature.user_inputs:
                     node.meta.setdefault("custom", {})["delegate_constant_tag"] = _TAG
             edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+            delegated_nodes, fallback = delegation(edge.exported_program().graph_module)
             program = edge.to_executorch(
                 ExecutorchBackendConfig(
                     external_constants=lambda _: _TAG,
@@ -79,19 +84,16 @@ class ExecutorchXnnpack(Target):
         inputs, outputs = ([piece.tensor(node) for node in nodes] for nodes in (piece.inputs, piece.outputs))
         stand_ins = directory / f"{_TAG}.ptd"
         if not stand_ins.exists():
-            return Artifact(path, written.sha256, (), measure(path, None, (), inputs, outputs))
+            memory = measure(path, None, (), inputs, outputs)
+            return Artifact(path, written.sha256, (), memory, delegated_nodes, fallback)
         with stand_ins.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             data = memoryview(mapped)
             slots, constants = recognise(piece, data), constants_of(data)
             data.release()
         memory = measure(path, stand_ins, constants, inputs, outputs)
         stand_ins.unlink()
-        return Artifact(path, written.sha256, slots, memory)
+        return Artifact(path, written.sha256, slots, memory, delegated_nodes, fallback)
 
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write a .ptd file."""
         return write_ptd(slots, refs, path)
-
-    def versions(self) -> dict[str, str]:
-        """ExecuTorch's, which brings XNNPACK, and torch's, which exports."""
-        return {"torch": version("torch"), "executorch": version("executorch")}

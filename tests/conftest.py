@@ -1,4 +1,4 @@
-"""What the tests that go through the command line share: the command, and the example compiled once."""
+"""What tests share: the command, the example compiled once, toy programs and their evaluation."""
 
 import json
 import os
@@ -11,12 +11,23 @@ from subprocess import CompletedProcess
 from typing import Any, Protocol
 
 import pytest
+import torch
 import yaml
+from module_source import ModuleSource
 from pydantic_core import to_json
+from torch import Tensor, fx, nn
 
-from movdc.runtime.bundle import FORMAT_VERSION, MANIFEST, SEAL, seal_of
+from movdc.compiler.device import Machine
+from movdc.compiler.program import DTYPES, Graph, Program, Stage
+from movdc.compiler.spec import load_spec
+from movdc.compiler.trace import trace
+from movdc.models.opensora import OpenSora
+from movdc.runtime.bundle import FORMAT_VERSION, MANIFEST, SEAL, Decode, Prompt, Sampler, TensorSpec, seal_of
 
 REPOSITORY = Path(__file__).parents[1]
+MACHINE = Machine(
+    budget_bytes=10**9, load_bytes_per_s=1e9, compute_flops_per_s=1e9, load_overhead_s=0.0, load_copies=2.0
+)
 COMMAND_LIMIT_S = 900
 
 
@@ -167,3 +178,53 @@ def twin_bundle(compiles: dict[str, Future[Path]]) -> Path:
 def small_bundle(compiles: dict[str, Future[Path]]) -> Path:
     """The example compiled for less memory, for which a part of the decoder is planned again when it is measured."""
     return compiles["small_bundle"].result()
+
+
+@pytest.fixture(scope="session")
+def graph_of() -> Callable[..., Graph]:
+    """Trace a module: `graph_of(module, x=tensor, ...)` gives its Graph, inputs named as the keywords."""
+
+    def make(module: nn.Module, **inputs: Tensor) -> Graph:
+        specs = tuple(TensorSpec(name=k, dtype=DTYPES[t.dtype], shape=tuple(t.shape)) for k, t in inputs.items())
+        source = ModuleSource(module)
+        return trace(lambda: module, specs, ("out",), source.refs())
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def program_of() -> Callable[..., Program]:
+    """Wrap graphs, given as stage=graph, into a Program with one plain variant a stage."""
+    spec = load_spec(REPOSITORY / "examples" / "tiny.yaml").spec
+    sampler = Sampler.model_validate(
+        {"solver": "euler", "prediction": "rectified_flow", "units": (30,), "shift": 1.0, "rounded": False}
+        | {"guidance": 4.0, "latent": (1, 4, 10, 8, 8)}
+    )
+    prompt = Prompt(tokenizer="t.json", max_tokens=24, pad_id=0, aesthetic=None, cleaning="open-sora")
+
+    def make(machine: Machine = MACHINE, **graphs: Graph) -> Program:
+        stages = tuple(Stage(name, "per_step", {"plain": graph}) for name, graph in graphs.items())
+        return Program(spec, machine, stages, sampler, Decode(chunks=(), micro_batch_frames=4), prompt, b"")
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def run_graph() -> Callable[..., list[Tensor]]:
+    """Evaluate a Graph: `run_graph(graph, x=tensor, ...)` reads its weights and gives its outputs."""
+
+    def run(graph: Graph, **inputs: Any) -> list[Tensor]:
+        arguments = [
+            graph.weights[node.name].read() if node.name in graph.weights else inputs[node.name]
+            for node in graph.graph.find_nodes(op="placeholder")
+        ]
+        with torch.no_grad():
+            return list(fx.Interpreter(fx.GraphModule(nn.Module(), graph.graph)).run(*arguments))
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def example_program() -> Program:
+    """The example pipeline as traced; its weights are read only when a graph is run."""
+    return OpenSora().trace(load_spec(REPOSITORY / "examples" / "tiny.yaml"), MACHINE, 4)

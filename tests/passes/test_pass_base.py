@@ -14,6 +14,8 @@ from movdc.compiler.program import Graph, Program
 from movdc.passes.leap import Leap
 from movdc.passes.pipeline import DEFAULT, PASSES, check_order, default_pipeline, in_phases, parse_pipeline
 from movdc.runtime.bundle import Sampler
+from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
+from movdc.targets.null import Null
 
 X = torch.zeros(3, 4)
 
@@ -122,15 +124,18 @@ def test_wrong_pipelines_are_one_sentence(monkeypatch: pytest.MonkeyPatch, text:
     assert "\n" not in str(caught.value)
 
 
-def test_options_from_yaml_come_on_top_of_the_default() -> None:
-    plain = default_pipeline({})
+def test_options_from_yaml_and_rewrites_of_the_target_come_on_top_of_the_default() -> None:
+    plain = default_pipeline({}, Null())
     assert [type(one) for one in plain] == [one for one in PASSES.values() if one in DEFAULT]
-    assert parse_pipeline(",".join(map(str, plain))) == plain
-    more = default_pipeline({"merge-tokens": {"steps": 15}})
-    assert set(map(str, more)) - set(map(str, plain)) == {"merge-tokens{steps=15}"}
+    target = ExecutorchXnnpack()
+    rewritten = default_pipeline({}, target)
+    assert {one.name for one in set(rewritten) - set(plain)} == set(target.rewrites)
+    assert parse_pipeline(",".join(map(str, rewritten))) == rewritten
+    more = default_pipeline({"merge-tokens": {"steps": 15}}, target)
+    assert set(map(str, more)) - set(map(str, rewritten)) == {"merge-tokens{steps=15}"}
     assert next(phase for phase, _ in in_phases(more)) == "variants"
     with pytest.raises(MovdcError, match="unknown pass 'merge'"):
-        default_pipeline({"merge": {}})
+        default_pipeline({"merge": {}}, target)
 
 
 def test_the_default_order_keeps_every_after() -> None:

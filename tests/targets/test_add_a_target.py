@@ -1,0 +1,160 @@
+"""docs/add-a-target.md, followed: one file and one line make a target that compiles the example."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import CompletedProcess
+
+import numpy as np
+import pytest
+import yaml
+
+from movdc.compiler.weights import open_checkpoint
+from movdc.runtime.bundle import Bundle
+
+PAGE = Path(__file__).parents[2] / "docs" / "add-a-target.md"
+LISTED = "from movdc.targets.registry import TARGETS; TARGETS |= {%s}; from movdc.compiler.cli import main; main()"
+
+
+class Toy:
+    """The target of the page, in a folder of its own, and the command with its line added."""
+
+    def __init__(self, folder: Path) -> None:
+        file, line = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+        self.path = folder / "toy.py"
+        self.path.write_text(file)
+        self.line = line.replace("movdc.targets.toy", "toy").strip()
+
+    def change(self, old: str, new: str) -> None:
+        """Edit the file."""
+        text = self.path.read_text()
+        assert old in text
+        self.path.write_text(text.replace(old, new))
+
+    def movdc(self, *arguments: object) -> CompletedProcess[str]:
+        """Run `movdc` with the target in it."""
+        folder = self.path.parent
+        paths = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+        return subprocess.run(
+            [sys.executable, "-c", LISTED % self.line, *map(str, arguments)],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=os.environ | {"PYTHONPATH": paths, "XDG_CACHE_HOME": str(folder / "cache")},
+        )
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    """See Toy."""
+    return Toy(tmp_path)
+
+
+def test_the_page_makes_a_target(toy: Toy, shallow: Path, tmp_path: Path) -> None:
+    listed = toy.movdc("targets")
+    assert "toy: The text of each partition, which people can run." in listed.stdout, listed.stderr
+    assert "no int8 products, int8 rows, weights shared by variants" in listed.stdout
+    done = toy.movdc("compile", shallow, "--target", "toy{comment=mine}", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = Bundle.read(tmp_path / "out")
+    assert (bundle.manifest.target, bundle.manifest.spec["target"]) == ("toy", "toy{comment=mine}")
+    assert "conv3d-to-conv2d" in bundle.manifest.pipeline
+    assert "attention-to-bmm" not in bundle.manifest.pipeline
+    encoder = bundle.partitions["text_encoder.plain.0"]
+    assert (bundle.root / encoder.program).read_text().startswith("# text_encoder mine\n")
+    _assert_holds_the_checkpoint(bundle, shallow)
+    assert "text_encoder.plain.0" in toy.movdc("inspect", tmp_path / "out").stdout
+
+
+def _assert_holds_the_checkpoint(bundle: Bundle, spec: Path) -> None:
+    """The token table is where the manifest says that the constant of its shape is."""
+    folder = Path(yaml.safe_load(spec.read_text())["text_encoder"]["weights"])
+    table = open_checkpoint(folder).refs()["shared.weight"].read().numpy()
+    read = bundle.partitions["text_encoder.plain.0"].weights
+    ((path, constant),) = [
+        (file.path, constant)
+        for file in bundle.manifest.weights
+        for constant in file.constants
+        if file.path in read and constant.shape == table.shape
+    ]
+    end = constant.offset_bytes + constant.size_bytes
+    data = (bundle.root / path).read_bytes()[constant.offset_bytes : end]
+    assert np.array_equal(np.frombuffer(data, np.float32).reshape(table.shape), table)
+    assert constant.offset_bytes % 64 == 0
+
+
+def test_everything_that_it_refuses_is_in_one_table(toy: Toy, shallow: Path, tmp_path: Path) -> None:
+    toy.change('    rewrites: ClassVar[tuple[str, ...]] = ("conv3d-to-conv2d",)\n', "")
+    toy.change("        return None\n", '        return "nobody divides" if "div" in str(node.target) else None\n')
+    done = toy.movdc("compile", shallow, "--target", "toy", "-o", tmp_path / "out")
+    assert done.returncode == 2, done.stdout + done.stderr
+    table = [line for line in done.stderr.splitlines() if "aten." in line or "people" in line or "nobody" in line]
+    assert any("vae_temporal" in line and "aten.conv3d.default" in line for line in table), done.stderr
+    assert any("nobody divides" in line for line in table), done.stderr
+    sentence = done.stderr.splitlines()[-1]
+    assert re.match(r"error: target toy cannot run \d+ of the nodes, which the table names; the first is %", sentence)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "asked", "says"),
+    [
+        (
+            '("torch",)',
+            '("torch", "no-such-sdk")',
+            {},
+            r"needs no-such-sdk.*`pip install -c constraints.txt no-such-sdk`",
+        ),
+        ("", "", {"passes": {"quantize-int8": {}}}, r"\d+: passes.quantize-int8: quantize-int8 is not for target toy"),
+        (
+            "int8_rows=True",
+            'int8_products="float"',
+            {"passes": {"quantize-int8": {"embeddings": True}}},
+            "no rows in int8, which `embeddings` asks for; leave it out",
+        ),
+        ("int8_rows=True", "shared_weights=False", {"text_encoder": {"buckets": [8]}}, "again for each length"),
+        ("", "", {"target": "toy{remark=mine}"}, r"\d+: target: target toy: unknown option 'remark'.*are comment"),
+    ],
+    ids=["no SDK", "no int8", "no int8 rows", "weights not shared", "no such option"],
+)
+def test_what_it_cannot_do_is_refused_before_anything_is_traced(
+    toy: Toy, shallow: Path, tmp_path: Path, old: str, new: str, asked: dict[str, object], says: str
+) -> None:
+    toy.change(old, new)
+    spec = yaml.safe_load(shallow.read_text()) | {"target": "toy"}
+    for key, value in asked.items():
+        spec[key] = spec[key] | value if isinstance(value, dict) and key in spec else value
+    shallow.write_text(yaml.safe_dump(spec))
+    done = toy.movdc("compile", shallow, "-o", tmp_path / "out")
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert re.search(says, done.stderr), done.stderr
+    assert "trace" not in done.stdout
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_may_write_the_weights_into_its_programs(toy: Toy, shallow: Path, tmp_path: Path) -> None:
+    toy.change("    comment: str", "    weights_in_program: ClassVar[bool] = True\n    comment: str")
+    toy.change("    def emit(", FILL + "\n    def emit(")
+    done = toy.movdc("compile", shallow, "--target", "toy", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stdout + done.stderr
+    bundle = Bundle.read(tmp_path / "out")
+    assert not bundle.manifest.weights
+    for one in bundle.manifest.partitions:
+        text, _, weights = (bundle.root / one.program).read_bytes().partition(b"\n===\n")
+        assert text.startswith(b"# " + one.name.split(".")[0].encode())
+        assert len(weights) >= one.weight_bytes > 0
+
+
+FILL = '''
+    def fill(self, program, slots, refs, path):
+        """The text, then the weights."""
+        from movdc.compiler.target import Written
+
+        weights = path.with_suffix(".weights")
+        written = self.write_weights(slots, refs, weights)
+        with HashedFile(path) as file:
+            file.write(program.read_bytes() + b"\\n===\\n" + weights.read_bytes())
+        return Written((), file.sha256, written.sqnr_db)
+'''
