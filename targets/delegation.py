@@ -10,11 +10,14 @@ from torch import fx
 def delegation(module: fx.GraphModule) -> tuple[int, dict[str, int]]:
     """The number of operators within delegates of an edge program, and the others, counted by their names."""
     delegated, others = 0, Counter[str]()
-    for node in module.graph.find_nodes(op="call_function"):
+    for node in _calls(module.graph):
         name = getattr(node.target, "__name__", str(node.target))
         if name == "executorch_call_delegate":
-            lowered = getattr(module, node.args[0].target)
-            delegated += len(lowered.original_module.graph.find_nodes(op="call_function", sort=False))
+            delegated += len(_calls(getattr(module, node.args[0].target).original_module.graph))
         elif name != "getitem":
             others[name] += 1
     return delegated, dict(others)
+
+
+def _calls(graph: fx.Graph) -> list[fx.Node]:
+    return [node for node in graph.nodes if node.op == "call_function"]
