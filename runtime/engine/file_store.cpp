@@ -91,6 +91,25 @@ void Mapping::LetGo() const {
   if (data_ != nullptr) madvise(const_cast<uint8_t*>(data_), size_bytes_, MADV_DONTNEED);
 }
 
+void Mapping::DropFromPageCache(uint64_t offset_bytes, uint64_t part_bytes) const {
+#ifdef POSIX_FADV_DONTNEED
+  if (part_bytes == 0) return;  // which means: to the end
+  posix_fadvise(descriptor_.get(), static_cast<off_t>(offset_bytes), static_cast<off_t>(part_bytes),
+                POSIX_FADV_DONTNEED);
+#endif
+}
+
+bool Populate(const void* data, size_t size_bytes) {
+#ifdef MADV_POPULATE_READ
+  const uintptr_t page_bytes = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
+  const uintptr_t first = reinterpret_cast<uintptr_t>(data) / page_bytes * page_bytes;
+  const uintptr_t last = reinterpret_cast<uintptr_t>(data) + size_bytes;
+  return madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_READ) == 0;
+#else
+  return false;
+#endif
+}
+
 uint64_t ReadThrough(const Mapping& mapping, std::vector<uint8_t>& slab,
                      const std::function<void(const uint8_t*, size_t)>& each) {
   const size_t page_bytes = static_cast<size_t>(sysconf(_SC_PAGESIZE));
@@ -135,13 +154,9 @@ ForeignMappings::ForeignMappings(const std::string& path) {
 }
 
 bool ForeignMappings::Populate() const {
-#ifdef MADV_POPULATE_READ
   return !ranges_.empty() && std::all_of(ranges_.begin(), ranges_.end(), [](const auto& range) {
-    return madvise(range.first, range.second, MADV_POPULATE_READ) == 0;
+    return movd::Populate(range.first, range.second);
   });
-#else
-  return false;
-#endif
 }
 
 void ForeignMappings::LetGo() const {

@@ -70,6 +70,9 @@ class Mapping {
   // Lets go of the pages in memory; they come back from the file when they are read again.
   void LetGo() const;
 
+  // Tells the system not to keep a part of the file in the page cache, as far as it does not lie in a page with others.
+  void DropFromPageCache(uint64_t offset_bytes, uint64_t part_bytes) const;
+
  private:
   std::string path_;
   Descriptor descriptor_;
@@ -77,6 +80,10 @@ class Mapping {
   const uint8_t* data_ = nullptr;
   size_t size_bytes_ = 0;
 };
+
+// Reads what the page cache lacks of mapped memory, and puts its pages into this process's tables: each would cost a fault
+// at its first use otherwise. False where the system cannot, or where the file is shorter than it was.
+bool Populate(const void* data, size_t size_bytes);
 
 // Memory that somebody else has mapped from a file, as ExecuTorch does with packed weights.
 class ForeignMappings {
@@ -86,9 +93,7 @@ class ForeignMappings {
   // Finds the shared mappings of a file in this process; none where the system cannot tell.
   explicit ForeignMappings(const std::string& path);
 
-  // Reads what the page cache lacks of them, and puts their pages into this process's tables: each would cost a fault at
-  // its first use otherwise. False where the system cannot, or where a file is shorter than it was.
-  bool Populate() const;
+  bool Populate() const;  // all of them; false if there are none
 
   // Lets go of their pages; they come back from the file when they are read again.
   void LetGo() const;

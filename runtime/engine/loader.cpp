@@ -138,28 +138,47 @@ void Loader::Clear() {
   {
     std::unique_lock lock(mutex_);
     queue_.clear();
+    let_go_.clear();
     changed_.wait(lock, [&] {
-      return std::none_of(held_.begin(), held_.end(),
-                          [](const auto& held) { return held.second.state == State::kLoading; });
+      return !dropping_ && std::none_of(held_.begin(), held_.end(),
+                                        [](const auto& held) { return held.second.state == State::kLoading; });
     });
     freed = std::exchange(held_, {});
   }
   for (auto& [name, held] : freed) Free(name, std::move(held));
   const std::lock_guard lock(mutex_);
   forgotten.swap(dormant_);
-  let_go_.clear();
   rules_.members.clear();
 }
 
 void Loader::Work() {
   std::unique_lock lock(mutex_);
   for (;;) {
-    changed_.wait(lock, [&] { return stopped_ || (!queue_.empty() && !error_ && MayStart(*queue_.front())); });
+    changed_.wait(lock, [&] {
+      return stopped_ || !let_go_.empty() || (!queue_.empty() && !error_ && MayStart(*queue_.front()));
+    });
     if (stopped_) return;
+    if (!let_go_.empty()) {
+      DropOne(lock);
+      continue;
+    }
     const PartitionRecord* record = queue_.front();
     queue_.pop_front();
     LoadOne(lock, *record);
   }
+}
+
+void Loader::DropOne(std::unique_lock<std::mutex>& lock) {
+  const auto found = dormant_.find(let_go_.back());
+  let_go_.pop_back();
+  if (found == dormant_.end() || found->second == nullptr) return;  // gone, or loaded again
+  const LoadedPartition& one = *found->second;
+  dropping_ = true;
+  lock.unlock();
+  one.DropFromPageCache();
+  lock.lock();
+  dropping_ = false;
+  changed_.notify_all();
 }
 
 void Loader::LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& record) {
@@ -168,16 +187,10 @@ void Loader::LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& 
   held = Held{};
   held.slot = !pinned;
   std::unique_ptr<LoadedPartition> loaded = std::move(dormant_[record.name]);
-  std::vector<const LoadedPartition*> let_go;  // valid for as long as something loads: who clears waits for that
-  for (const std::string& name : std::exchange(let_go_, {})) {
-    const auto found = dormant_.find(name);
-    if (found != dormant_.end() && found->second != nullptr) let_go.push_back(found->second.get());
-  }
   const std::shared_ptr<Workspace> workspace = workspace_;
   lock.unlock();
   std::unique_ptr<Taken> taken;
   std::exception_ptr error;
-  for (const LoadedPartition* one : let_go) one->DropFromPageCache();
   const double start_s = trace_.Now();
   try {
     taken = std::make_unique<Taken>(books_, record.held_bytes, "loading " + record.name);

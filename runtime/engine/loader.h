@@ -75,6 +75,7 @@ class Loader {
   };
 
   void Work();
+  void DropOne(std::unique_lock<std::mutex>& lock);
   void LoadOne(std::unique_lock<std::mutex>& lock, const PartitionRecord& record);
   bool MayStart(const PartitionRecord& record) const;
   void Free(const std::string& name, Held held);
@@ -94,7 +95,8 @@ class Loader {
   // Partitions of the variant that were loaded and freed: their programs stay initialised, for it costs little memory
   // and much time, and their workspace with them.
   std::map<std::string, std::unique_ptr<LoadedPartition>> dormant_;
-  std::vector<std::string> let_go_;  // of those, what goes from the page cache before the next load
+  std::vector<std::string> let_go_;  // of those, what is still to go from the page cache
+  bool dropping_ = false;  // one of them, right now
   std::shared_ptr<Workspace> workspace_;
   std::thread thread_;
 };

@@ -4,9 +4,10 @@
 #include <executorch/runtime/core/data_loader.h>
 #include <executorch/runtime/core/named_data_map.h>
 
-#include <atomic>
+#include <algorithm>
 #include <cstring>
 #include <map>
+#include <mutex>
 #include <numeric>
 #include <string>
 #include <unordered_map>
@@ -91,15 +92,47 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
         constant.size_bytes > mapping.size_bytes() - constant.offset_bytes) {
       return Error::InvalidExternalData;
     }
-    kept_bytes_ += constant.size_bytes;
-    return FreeableBuffer(mapping.data() + constant.offset_bytes, constant.size_bytes,
-                          [](void* kept_bytes, void*, size_t size_bytes) {
-                            *static_cast<std::atomic<uint64_t>*>(kept_bytes) -= size_bytes;
+    const uint8_t* data = mapping.data() + constant.offset_bytes;
+    {
+      const std::lock_guard lock(mutex_);
+      kept_.emplace(data, constant.size_bytes);
+    }
+    return FreeableBuffer(data, constant.size_bytes,
+                          [](void* self, void* freed, size_t) {
+                            const auto& weights = *static_cast<const MappedWeights*>(self);
+                            const std::lock_guard lock(weights.mutex_);
+                            weights.kept_.erase(weights.kept_.find(static_cast<const uint8_t*>(freed)));
                           },
-                          &kept_bytes_);
+                          const_cast<MappedWeights*>(this));
   }
 
-  uint64_t kept_bytes() const { return kept_bytes_; }  // of what ExecuTorch has asked for and not given back
+  // Bytes that ExecuTorch has asked for and not given back: what no delegate has packed.
+  uint64_t kept_bytes() const {
+    const std::lock_guard lock(mutex_);
+    return std::accumulate(kept_.begin(), kept_.end(), uint64_t{0},
+                           [](uint64_t sum, const auto& range) { return sum + range.second; });
+  }
+
+  // Reads those bytes, so that no run has to wait for the disk.
+  void PopulateKept() const {
+    const std::lock_guard lock(mutex_);
+    for (const auto& [data, size_bytes] : kept_) Populate(data, size_bytes);
+  }
+
+  // Tells the system not to keep the files in the page cache, but for those bytes: they are few, and far apart.
+  void DropFromPageCache() const {
+    const std::lock_guard lock(mutex_);
+    for (const Mapping& mapping : mappings_) {
+      uint64_t from = 0;
+      for (auto kept = kept_.lower_bound(mapping.data()); kept != kept_.end(); ++kept) {
+        if (kept->first >= mapping.data() + mapping.size_bytes()) break;
+        const auto offset = static_cast<uint64_t>(kept->first - mapping.data());
+        if (offset > from) mapping.DropFromPageCache(from, offset - from);
+        from = std::max<uint64_t>(from, offset + kept->second);
+      }
+      mapping.DropFromPageCache(from, mapping.size_bytes() - from);
+    }
+  }
 
   Error load_data_into(std::string_view key, void* buffer, size_t size) const override {
     Result<FreeableBuffer> data = get_data(key);
@@ -128,7 +161,8 @@ class MappedWeights final : public executorch::runtime::NamedDataMap {
     return found == by_key_.end() ? nullptr : &found->second;
   }
 
-  mutable std::atomic<uint64_t> kept_bytes_ = 0;
+  mutable std::mutex mutex_;  // over what is kept: another lane may give back
+  mutable std::multimap<const uint8_t*, uint64_t> kept_;  // where it lies, and its bytes
   std::vector<Mapping> mappings_;
   std::vector<const std::string*> keys_;
   std::unordered_map<std::string, Entry> by_key_;

@@ -6,7 +6,6 @@
 #include <executorch/runtime/executor/program.h>
 #include <executorch/runtime/platform/platform.h>
 #include <executorch/runtime/platform/runtime.h>
-#include <fcntl.h>
 #ifdef __GLIBC__
 #include <malloc.h>
 #endif
@@ -251,6 +250,7 @@ LoadedPartition::LoadedPartition(const PartitionRecord& record, std::shared_ptr<
   for (const Mapping& mapping : state.weights.mappings()) mapping.LetGo();
   if (state.packed) state.packed_in_use = ForeignMappings(state.packed->path());
   state.packed_in_use.Populate();
+  state.weights.PopulateKept();
   State::Add(context, record, What::kInit, start_s);
 }
 
@@ -271,12 +271,8 @@ void LoadedPartition::LetGo() const {
 }
 
 void LoadedPartition::DropFromPageCache() const {
-#ifdef POSIX_FADV_DONTNEED
-  if (state_->packed) posix_fadvise(state_->packed->descriptor(), 0, 0, POSIX_FADV_DONTNEED);
-  for (const Mapping& mapping : state_->weights.mappings()) {
-    posix_fadvise(mapping.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
-  }
-#endif
+  if (state_->packed) state_->packed->DropFromPageCache(0, state_->packed->size_bytes());
+  state_->weights.DropFromPageCache();
 }
 
 void LoadedPartition::Fetch(const LoadContext& context) const {
@@ -289,6 +285,7 @@ void LoadedPartition::Fetch(const LoadContext& context) const {
   } else {
     state.Read(context);
   }
+  state.weights.PopulateKept();
 }
 
 uint64_t LoadedPartition::unpacked_bytes() const { return state_->weights.kept_bytes(); }
