@@ -54,9 +54,12 @@ def recognise(piece: Piece, stand_ins: memoryview) -> tuple[Slot, ...]:
 
 
 def write_ptd(slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
-    """Write the data of the slots, part by part, in the order of the refs: what is read twice is read in a row."""
+    """Write the data of the slots, part by part, in the order of the refs: what is read twice is read in a row.
+
+    What no delegate packs comes first: it is small, read from the file at every load, and so at one place.
+    """
     order = {name: index for index, name in enumerate(refs)}
-    slots = sorted(slots, key=lambda slot: (order[slot.weight], slot.key))
+    slots = sorted(slots, key=lambda slot: (slot.dtype is None, order[slot.weight], slot.key))
     head, constants = _head(slots)
     losses: dict[str, Loss] = {slot.weight: Loss() for slot in slots if INT8 in refs[slot.weight].transforms}
     with HashedFile(path) as file:
