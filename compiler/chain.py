@@ -17,7 +17,16 @@ import numpy as np
 import numpy.typing as npt
 from torch import fx
 
-from movdc.compiler.cost import flops, held_bytes, is_fused_with_users, maker, pointer_bytes, scratch_bytes, size_bytes
+from movdc.compiler.cost import (
+    flops,
+    held_bytes,
+    int8_flops,
+    is_fused_with_users,
+    maker,
+    pointer_bytes,
+    scratch_bytes,
+    size_bytes,
+)
 from movdc.compiler.cut import NEVER, Costs
 from movdc.compiler.device import Machine
 from movdc.compiler.folded import FoldedSource
@@ -49,6 +58,7 @@ class Chain:
     input_bytes: int  # the inputs of the stage, which stay to its end
     output_bytes: int  # its results, which are still there when the next run begins to load
     pointer_bytes: int = 0  # what convolutions keep, as long as the stage runs
+    int8_flops: tuple[int, ...] = ()  # of each node: those of products with int8 weights; empty where there are none
 
     @property
     def length(self) -> int:
@@ -76,6 +86,7 @@ def chain_of(graph: Graph, held_as: Mapping[DType, DType] = MappingProxyType({})
         input_bytes=sum(spec.size_bytes for spec in graph.inputs),
         output_bytes=sum(spec.size_bytes for spec in graph.outputs),
         pointer_bytes=sum(pointer_bytes(node) for node in nodes),
+        int8_flops=tuple(int8_flops(node) for node in nodes),
     )
 
 
@@ -147,15 +158,23 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine, most_held_by
     running += lasting_bytes
     for start, row in enumerate(running):
         row[start + 2 :][held[start, start + 2 :] > most_held_bytes] = NEVER
-    done = np.cumsum([0, *chain.flops])[chosen]
+    run_s = machine.run_s(1) * _sums(chain.flops, chosen)
+    if any(chain.int8_flops):
+        run_s += (machine.run_s(1, 1) - machine.run_s(1)) * _sums(chain.int8_flops, chosen)
     return Costs(
         machine=machine,
         before_bytes=lasting_bytes + before,
         held_bytes=held,
         working_bytes=working,
         running_bytes=running,
-        run_s=machine.run_s(1) * np.maximum(done[None, :] - done[:, None], 0),
+        run_s=run_s,
     )
+
+
+def _sums(figures: Sequence[int], chosen: Ints) -> Ints:
+    """[a, b]: the sum of a figure over the nodes of a stretch."""
+    done = np.cumsum([0, *figures])[chosen]
+    return np.maximum(done[None, :] - done[:, None], 0)
 
 
 def _held_bytes(chain: Chain, chosen: Ints) -> Ints:

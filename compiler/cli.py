@@ -7,6 +7,7 @@ import hashlib
 import logging
 import os
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -23,7 +24,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from movdc.compiler.errors import MovdcError, RefusedError
-from movdc.compiler.tables import print_manifest, print_refusals, print_reports, print_trajectory
+from movdc.compiler.tables import (
+    print_devices,
+    print_manifest,
+    print_refusals,
+    print_reports,
+    print_sources,
+    print_trajectory,
+)
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
@@ -279,13 +287,27 @@ def targets() -> None:
 
 
 @app.command()
-def devices() -> None:
-    """List the device profiles."""
-    for name, profile in _devices().items():
-        console.print(
-            f"{name}: usable memory {format_bytes(profile.usable_memory)}, loads {format_bytes(profile.load_rate)}/s, "
-            f"computes {profile.compute_flops_per_s / 1e9:.0f} GFLOP/s ({profile.source})"
-        )
+def devices(
+    name: Annotated[str | None, typer.Argument(help="One of them, to see where its numbers come from.")] = None,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure this machine; print an entry for targets/devices.toml.")
+    ] = False,
+) -> None:
+    """List the device profiles, say where the numbers of one come from, or measure this machine."""
+    if measure:
+        from movdc.targets.measure_host import measure_host, print_profile
+
+        with tempfile.TemporaryDirectory(prefix="movdc-") as folder:
+            profile = measure_host(Path(folder))
+        console.print(print_profile(name or "host", profile), markup=False, highlight=False, soft_wrap=True)
+        return
+    profiles = _devices()
+    if name is None:
+        print_devices(console, profiles)
+    elif name in profiles:
+        print_sources(console, profiles[name])
+    else:
+        raise MovdcError(f"unknown device {name!r}; there are {', '.join(profiles)}")
 
 
 def _families() -> dict[str, Any]:

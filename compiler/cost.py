@@ -72,6 +72,14 @@ def pointer_bytes(node: fx.Node) -> int:
     return 8 * math.prod(out.shape[2:]) * taps if taps > 1 else 0
 
 
+def int8_flops(node: fx.Node) -> int:
+    """The FLOPs of a product whose weight is int8; 0 for everything else."""
+    if node.target not in (aten.linear.default, aten.conv2d.default):
+        return 0
+    restored = getattr(node.args[1].target, "__name__", "") if isinstance(node.args[1], fx.Node) else ""
+    return flops(node) if restored.startswith("dequantize_per_channel") else 0
+
+
 def flops(node: fx.Node) -> int:
     """2 x multiply-adds of a matrix product, attention or convolution; 0 for everything else."""
     if node.target is aten.linear.default:

@@ -99,7 +99,8 @@ def predict(costs: Costs, cuts: Sequence[int]) -> Prediction | None:
         need_bytes = int(costs.need_bytes(start)[stop])
         both_bytes = running_bytes + int(costs.held_bytes[start, stop])
         if start > 0 and both_bytes <= budget_bytes:
-            seconds += max(run_s, costs.load_s(start)[stop])
+            load_s = costs.load_s(start)[stop]
+            seconds += max(run_s + costs.machine.lost_s * load_s, load_s)
             need_bytes = max(need_bytes, both_bytes)
             overlapped += 1
         else:
@@ -140,7 +141,9 @@ def cheapest(costs: Costs, fee_s: float = 0.0, forced: Sequence[int] = ()) -> li
         if j > 0:
             room_bytes = budget_bytes - costs.running_bytes[before, j]
             slots = np.searchsorted(costs.held_bytes[j, reach], room_bytes, side="right")
-            found = _earliest(ready[before, j], costs.run_s[before, j], found, slots)
+            # max(run + lost load, load) is lost load + max(run, the rest of the load), and run + load is so likewise.
+            lost_s = costs.machine.lost_s * found
+            found = lost_s + _earliest(ready[before, j], costs.run_s[before, j], found - lost_s, slots)
         ready[j, reach] = np.where(fits[reach], found + fees_s[j], np.inf)
     total_s = ready[:, end] + costs.run_s[:end, end]
     if np.isinf(total_s).all():
@@ -150,7 +153,8 @@ def cheapest(costs: Costs, fee_s: float = 0.0, forced: Sequence[int] = ()) -> li
         k, j = cuts[-2:]
         run_s, load_s = costs.run_s[:j, j], costs.load_s(j)[k]
         both = costs.running_bytes[:j, j] + costs.held_bytes[j, k] <= budget_bytes
-        cuts.append(int((ready[:j, j] + np.where(both, np.maximum(run_s, load_s), run_s + load_s)).argmin()))
+        together_s = np.maximum(run_s + costs.machine.lost_s * load_s, load_s)
+        cuts.append(int((ready[:j, j] + np.where(both, together_s, run_s + load_s)).argmin()))
     return cuts[::-1]
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from movdc.compiler.units import parse_bytes
 from movdc.runtime.bundle import DType
@@ -25,9 +25,24 @@ class DeviceProfile(BaseModel):
 
     usable_memory: Bytes
     load_rate: Bytes  # per second
-    compute_flops_per_s: float = Field(gt=0)
     load_overhead_s: float = Field(ge=0)  # for each partition, whatever its size
-    source: str
+    fp32_flops_per_s: float = Field(gt=0)
+    fp16_flops_per_s: float = Field(gt=0)
+    int8_flops_per_s: float = Field(gt=0)
+    contention: float = Field(ge=0)  # how much longer a run takes while something loads: 0.1 is a tenth
+    source: dict[str, str]  # where each of the numbers comes from
+
+    @model_validator(mode="after")
+    def _each_number_has_its_source(self) -> DeviceProfile:
+        if self.source.keys() != self.numbers.keys():
+            wrong = min(self.source.keys() ^ self.numbers.keys())
+            raise ValueError(f"source has not exactly one entry for each number: {wrong}")
+        return self
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The figures by their names."""
+        return {name: getattr(self, name) for name in type(self).model_fields if name != "source"}
 
 
 def read_profiles(path: Path) -> dict[str, DeviceProfile]:
@@ -41,12 +56,14 @@ class Machine:
 
     budget_bytes: int
     load_bytes_per_s: float
-    compute_flops_per_s: float
+    compute_flops_per_s: float  # of products in floating point
     load_overhead_s: float
     load_copies: float  # bytes held while weights are loaded for the first time, per byte of weights
     value_copies: float = 1.0  # bytes that a running program takes, per byte of the values within it
     node_bytes: int = 0  # that a program takes for each of its nodes, as long as its stage runs
     slab_bytes: int = 0  # what the engine reads files through, held all the time
+    int8_flops_per_s: float | None = None  # of products with int8 weights; None is as the others
+    contention: float = 0.0  # how much longer a run takes while something loads
     held_as: Mapping[DType, DType] = field(default_factory=dict)  # types of weights that it holds as another one
     reserves: tuple[tuple[str, int], ...] = ()  # stages, and the bytes that estimates have missed there
 
@@ -64,6 +81,12 @@ class Machine:
         """Predicted seconds to load a partition."""
         return self.load_overhead_s + weight_bytes / self.load_bytes_per_s
 
-    def run_s(self, flops: float) -> float:
-        """Predicted seconds to run a partition."""
-        return flops / self.compute_flops_per_s
+    def run_s(self, flops: float, int8_flops: float = 0) -> float:
+        """Predicted seconds to run a partition, some of whose FLOPs are products with int8 weights."""
+        int8_s = int8_flops / (self.int8_flops_per_s or self.compute_flops_per_s)
+        return (flops - int8_flops) / self.compute_flops_per_s + int8_s
+
+    @property
+    def lost_s(self) -> float:
+        """Seconds that a run takes longer for each second of a load beside it."""
+        return self.contention / (1 + self.contention)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -12,10 +13,47 @@ from torch import fx
 
 from movdc.compiler.int8 import MAX_VALUE
 from movdc.compiler.program import Graph, value_of
+from movdc.compiler.weights import INT8, INT8_SCALE, Transform, WeightRef, Zeros
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
 _MIN_SCALE = torch.finfo(torch.float32).eps  # of an input of zeros; scales of tokens are held to it too
+
+
+def quantized_graph(graph: Graph, names: list[str]) -> Graph:
+    """The graph with the named weights as int8, each with its scales and with what reads it rewritten."""
+    copied = graph.copy()
+    weights = dict(graph.weights)
+
+    def add_weight(name: str, ref: WeightRef, value: torch.Tensor, before: fx.Node) -> fx.Node:
+        with copied.inserting_before(before):
+            node = copied.placeholder(name)
+        node.meta["val"] = value
+        weights[node.name] = ref
+        return node
+
+    zeros: dict[int, fx.Node] = {}  # one tensor for all weights of so many channels
+    for weight in [node for node in copied.find_nodes(op="placeholder") if node.name in names]:
+        ref, value, users = weights[weight.name], value_of(weight), list(weight.users)
+        lookup = reader_kind(weight, users[0], graph) == "lookup"
+        channels = int(value.shape[0])
+        scale_ref, scales = ref.then(INT8_SCALE), INT8_SCALE.apply(value)
+        if lookup:
+            as_column = Transform("reshape", (channels, 1))
+            scale_ref, scales = scale_ref.then(as_column), as_column.apply(scales)
+        scale = add_weight(f"{weight.name}_scale", scale_ref, scales, weight)
+        weights[weight.name] = ref.then(INT8)
+        weight.meta["val"] = INT8.apply(value)
+        if not lookup and channels not in zeros:
+            none = value.new_zeros(channels, dtype=torch.int32)
+            zeros[channels] = add_weight(f"zeros_{channels}", Zeros().ref(channels), none, weight)
+        for user in users:
+            if lookup:
+                look_up_int8(user, weight, scale)
+            else:
+                multiply_int8(user, weight, scale, zeros[channels])
+    copied.lint()
+    return replace(graph, graph=copied, weights=weights)
 
 
 def reader_kind(weight: fx.Node, user: fx.Node, graph: Graph) -> Literal["product", "lookup"] | None:

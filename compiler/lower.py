@@ -150,6 +150,7 @@ def _partition(name: str, piece: Piece, path: str, program: _Program) -> Partiti
         workspace_bytes=memory.workspace_bytes,
         planned_bytes=memory.planned_bytes,
         flops=piece.flops,
+        int8_flops=piece.int8_flops,
         delegated_nodes=program.delegated_nodes,
         fallback=dict(program.fallback),
     )

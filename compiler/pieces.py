@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import fx, nn
 
-from movdc.compiler.cost import flops, maker, scratch_bytes, size_bytes
+from movdc.compiler.cost import flops, int8_flops, maker, scratch_bytes, size_bytes
 from movdc.compiler.folded import FoldedSource
 from movdc.compiler.printer import print_node, print_type
 from movdc.compiler.program import Graph, spec_of, value_of
@@ -77,6 +77,11 @@ class Piece:
     def flops(self) -> int:
         """2 x multiply-adds."""
         return sum(flops(node) for node in self.nodes)
+
+    @property
+    def int8_flops(self) -> int:
+        """Those of products with int8 weights."""
+        return sum(int8_flops(node) for node in self.nodes)
 
     @property
     def working_bytes(self) -> int:

@@ -243,7 +243,7 @@ def pinning_order(chain: Chain, machine: Machine) -> list[str]:
 def cycle_s(chain: Chain, machine: Machine, pinned: frozenset[int]) -> float:
     """Predicted seconds of a run in the steady state of many, with partitions loaded ahead."""
     cycles = 3  # the first one starts with nothing loaded
-    runs = [machine.run_s(one.flops) for one in chain.partitions]
+    runs = [machine.run_s(one.flops, one.int8_flops) for one in chain.partitions]
     loads = [machine.load_s(one.weight_bytes) for one in chain.partitions]
     freed: list[float] = []  # when each transient run so far was over
     loader_s = run_end_s = begin_s = 0.0

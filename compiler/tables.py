@@ -18,6 +18,7 @@ from movdc.runtime.bundle import LayerError, Manifest, Variant
 from movdc.runtime.sampler import Trajectory
 
 if TYPE_CHECKING:
+    from movdc.compiler.device import DeviceProfile
     from movdc.runtime._engine import RunReport
 
 _WORST_SHOWN = 10
@@ -48,6 +49,34 @@ def print_reports(console: Console, reports: Mapping[str, Sequence[RunReport]]) 
         peak, read = max(one.peak_bytes for one in some), sum(one.read_bytes for one in some)
         stay = str(len(some[-1].pinned))
         table.add_row(stage, str(len(some)), *times, hidden, format_bytes(peak), stay, format_bytes(read))
+    Console(width=max(console.width, _COLUMNS)).print(table)
+
+
+def print_devices(console: Console, profiles: Mapping[str, DeviceProfile]) -> None:
+    """The figures of every device, rates in billions a second."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0), caption="`movdc devices NAME` says where the numbers come from")
+    for column in ("device", "memory", "loads", "a load", "fp32", "fp16", "int8", "contention"):
+        table.add_column(column, justify="left" if column == "device" else "right", no_wrap=True)
+    for name, one in profiles.items():
+        rates = (one.fp32_flops_per_s, one.fp16_flops_per_s, one.int8_flops_per_s)
+        table.add_row(
+            name,
+            f"{one.usable_memory / 1e9:.1f} GB",
+            f"{one.load_rate / 1e9:.2f} GB/s",
+            f"{one.load_overhead_s * 1000:.1f} ms",
+            *(f"{rate / 1e9:.0f} GFLOP/s" for rate in rates),
+            f"{one.contention:.0%}",
+        )
+    Console(width=max(console.width, _COLUMNS)).print(table)
+
+
+def print_sources(console: Console, profile: DeviceProfile) -> None:
+    """Each figure of a device with its source."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("figure", "value", "source"):
+        table.add_column(column, overflow="fold")
+    for name, value in profile.numbers.items():
+        table.add_row(name, f"{value:.4g}", profile.source[name])
     Console(width=max(console.width, _COLUMNS)).print(table)
 
 

@@ -122,6 +122,10 @@ class Target(Configured, ABC):
         """The types of weights that the device holds as another one, such as int8 restored to fp32."""
         return {}
 
+    def computes_in(self) -> Literal["f32", "f16"]:
+        """The type that most products of floating point are computed in."""
+        return "f32"
+
     def estimate(self, piece: Piece) -> Memory:
         """What a program takes by the planner's own figures, for targets whose programs cannot be measured here."""
         return Memory(
@@ -133,10 +137,13 @@ class Target(Configured, ABC):
 
     def machine(self, profile: DeviceProfile, budget_bytes: int | None) -> Machine:
         """What partitions are planned for; a budget given explicitly replaces the profile's."""
+        floating = {"f32": profile.fp32_flops_per_s, "f16": profile.fp16_flops_per_s}[self.computes_in()]
         return Machine(
             budget_bytes=budget_bytes or profile.usable_memory,
             load_bytes_per_s=profile.load_rate,
-            compute_flops_per_s=profile.compute_flops_per_s,
+            compute_flops_per_s=floating,
+            int8_flops_per_s=profile.int8_flops_per_s if self.abilities.int8_products == "int8" else floating,
+            contention=profile.contention,
             load_overhead_s=profile.load_overhead_s,
             load_copies=self.load_copies,
             value_copies=self.value_copies,

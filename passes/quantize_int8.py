@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import ClassVar
 
-import torch
-from torch import fx
-
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.int8_readers import look_up_int8, multiply_int8, reader_kind
+from movdc.compiler.int8_readers import quantized_graph, reader_kind
 from movdc.compiler.pass_base import Pass, PassResult
 from movdc.compiler.program import Graph, Program, value_of
-from movdc.compiler.weights import INT8, INT8_SCALE, Transform, WeightRef, Zeros
+from movdc.compiler.weights import INT8_SCALE
 
 
 @dataclass(frozen=True)
@@ -80,7 +77,7 @@ class QuantizeInt8(Pass):
         count = 0
         for stage, variant, graph in program.graphs():
             if self._chosen(stage) and (names := self._weights(graph)):
-                changed[stage, variant] = _quantize(graph, names)
+                changed[stage, variant] = quantized_graph(graph, names)
                 count += len(names)
         return PassResult(program.map_graphs(changed), bool(changed), f"{count} weights in int8")
 
@@ -99,38 +96,3 @@ class QuantizeInt8(Pass):
             and not any(fnmatchcase(graph.weights[node.name].key, pattern) for pattern in self.keep)
             and {reader_kind(node, user, graph) for user in node.users} in wanted
         ]
-
-
-def _quantize(graph: Graph, names: list[str]) -> Graph:
-    copied = graph.copy()
-    weights = dict(graph.weights)
-
-    def add_weight(name: str, ref: WeightRef, value: torch.Tensor, before: fx.Node) -> fx.Node:
-        with copied.inserting_before(before):
-            node = copied.placeholder(name)
-        node.meta["val"] = value
-        weights[node.name] = ref
-        return node
-
-    zeros: dict[int, fx.Node] = {}  # one tensor for all weights of so many channels
-    for weight in [node for node in copied.find_nodes(op="placeholder") if node.name in names]:
-        ref, value, users = weights[weight.name], value_of(weight), list(weight.users)
-        lookup = reader_kind(weight, users[0], graph) == "lookup"
-        channels = int(value.shape[0])
-        scale_ref, scales = ref.then(INT8_SCALE), INT8_SCALE.apply(value)
-        if lookup:
-            as_column = Transform("reshape", (channels, 1))
-            scale_ref, scales = scale_ref.then(as_column), as_column.apply(scales)
-        scale = add_weight(f"{weight.name}_scale", scale_ref, scales, weight)
-        weights[weight.name] = ref.then(INT8)
-        weight.meta["val"] = INT8.apply(value)
-        if not lookup and channels not in zeros:
-            none = value.new_zeros(channels, dtype=torch.int32)
-            zeros[channels] = add_weight(f"zeros_{channels}", Zeros().ref(channels), none, weight)
-        for user in users:
-            if lookup:
-                look_up_int8(user, weight, scale)
-            else:
-                multiply_int8(user, weight, scale, zeros[channels])
-    copied.lint()
-    return replace(graph, graph=copied, weights=weights)

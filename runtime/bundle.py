@@ -101,6 +101,7 @@ class Partition(_Record):
     workspace_bytes: int  # of its kernels; the programs of a variant share one workspace, of the largest size
     planned_bytes: int  # of values on the way; shared in the same way
     flops: int  # 2 x multiply-adds of matrix products and convolutions
+    int8_flops: int = 0  # those with int8 weights
     # For people: how many operators the target's own kernels run, and which run elsewhere, with how many of each.
     delegated_nodes: int = 0
     fallback: dict[str, int] = {}

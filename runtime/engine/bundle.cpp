@@ -268,7 +268,7 @@ class Manifest {
   PartitionRecord ReadPartition(const Value& value) const {
     value.CheckKeys({"name", "program", "weights", "inputs", "outputs", "weight_bytes", "held_bytes", "load_bytes",
                      "program_bytes", "workspace_bytes", "planned_bytes", "flops"},
-                    {"delegated_nodes", "fallback"});
+                    {"int8_flops", "delegated_nodes", "fallback"});
     const std::string& name = value.At("name").Text();
     if (!HoldsOnly(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")) {
       value.At("name").Fail("is not made of letters, digits, '.', '_' and '-'");
