@@ -19,10 +19,10 @@ from typing import Annotated
 
 import numpy as np
 import typer
-from adherence import ATTRIBUTES, judge, prompts
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+from shape_clips import ATTRIBUTES, judge, prompts
 
 from movdc.passes.pipeline import default_pipeline
 from movdc.runtime.bundle import Bundle

@@ -145,5 +145,5 @@ def test_another_seed_and_another_prompt_give_other_latents(movdc: Movdc, bundle
 def test_the_videos_show_what_the_prompts_name(bundle: Path) -> None:
     right = adherence.score(bundle, PROMPTS, seed=0)
     print(right)
-    assert set(right) == {"colour", "background", "shape"}
+    assert set(right) == {"colour", "background", "shape", "direction"}
     assert min(right.values()) >= MIN_RIGHT
