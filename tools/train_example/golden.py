@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from benchmarks.shape_clips import FRAMES, PIXELS, Seen, caption, judge
+from movdc.runtime.sampler import initial_noise
 from tools.train_example import layout
 from tools.train_example.clips import Captions
-from tools.train_example.measure import GUIDANCE, LEAP_STEP, STEPS, frames_of, psnr_db, timesteps
+from tools.train_example.measure import GUIDANCE, LATENT, LEAP_STEP, STEPS, frames_of, psnr_db, timesteps
 from tools.train_example.phases import FPS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -38,7 +39,7 @@ def record(named: Seen, seed: int) -> tuple[dict[str, Tensor], dict[str, object]
     captions = captions.part(slice(1))
     text, null = model.text(captions), model.denoiser.y_embedder.y_embedding
     schedule = timesteps()
-    z = noise = torch.randn(1, 4, 10, 8, 8, generator=torch.Generator().manual_seed(seed))
+    z = noise = torch.from_numpy(initial_noise(seed, (1, *LATENT)))  # as `movdc run --seed` draws it
     tensors: dict[str, Tensor] = {
         "input_ids": captions.ids[0].int(),
         "attention_mask": captions.mask[0].int(),
