@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from movdc.runtime._engine import RunReport
 
 _WORST_SHOWN = 10
-_COLUMNS = 100  # wider than a pipe's 80, for nothing in a table may be cut off
+_COLUMNS = 116  # wider than a pipe's 80, for nothing in a table may be cut off
 
 
 def print_trajectory(console: Console, trajectory: Trajectory) -> None:
