@@ -82,9 +82,7 @@ def compile_(
 ) -> None:
     """Compile a pipeline into a bundle."""
     start = time.perf_counter()
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
+    _silence_libraries()
     from movdc.compiler.spec import load_spec
 
     spec_file = load_spec(spec)  # before the slow imports, so that a slip of the pen is told at once
@@ -243,6 +241,13 @@ def cache_(
     console.print(f"{root}: {len(found)} entries, {format_bytes(total_bytes)}", highlight=False, soft_wrap=True)
 
 
+def _silence_libraries() -> None:
+    """Their warnings are about their own future, and would be all over the progress bars."""
+    os.environ.setdefault("PYTHONWARNINGS", "ignore")
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+
+
 def _compile_cache() -> Path:
     return user_cache_path("movdc") / "compile"
 
@@ -295,6 +300,7 @@ def devices(
 ) -> None:
     """List the device profiles, say where the numbers of one come from, or measure this machine."""
     if measure:
+        _silence_libraries()
         from movdc.targets.measure_host import measure_host, print_profile
 
         with tempfile.TemporaryDirectory(prefix="movdc-") as folder:
