@@ -1,6 +1,6 @@
 """Open-Sora 1.2 at its full width and its real sizes, a block of each kind: compiled against eager PyTorch in fp32.
 
-    python benchmarks/full_width.py
+    python benchmarks/full_width.py [--target onnx]
 
 One T5-XXL block (fp32 and int8), one pair of STDiT3-XL blocks on 68 frames of 256x256 pixels, both parts of the video
 decoder; seeded weights, the command that a user types. It takes 10 GB of memory and of build/full_width.
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,7 +31,7 @@ from movdc.models.opensora import Denoiser, TextEncoder
 from movdc.models.opensora_vae import OpenSoraVAEConfig, SpatialDecode, SpatialVAEConfig, TemporalDecode
 from movdc.models.stdit3 import STDiT3Config
 from movdc.runtime.bundle import Bundle
-from movdc.runtime.executor import Array, Executor
+from movdc.runtime.executors import Array, open_executor
 
 FOLDER = Path(__file__).parents[1] / "build" / "full_width"
 SEED, TOKENS, PROMPT_TOKENS = 0, 300, 40
@@ -41,7 +41,7 @@ DENOISER = config_of("denoiser") | {"depth": 1}
 VAE = config_of("vae") | {"spatial": asdict(SpatialVAEConfig())}
 
 
-def compiled(name: str, passes: Mapping[str, Any]) -> Path:
+def compiled(name: str, target: str, passes: Mapping[str, Any]) -> Path:
     """A bundle of one block of each kind."""
     random = f"random:{SEED}"
     spec = {
@@ -52,14 +52,15 @@ def compiled(name: str, passes: Mapping[str, Any]) -> Path:
         "vae": {"weights": random, "config": VAE},
         "video": VIDEO.model_dump(),
         "passes": dict(passes),
+        "target": target,
         "device": "iphone-15-pro",
     }
     FOLDER.mkdir(parents=True, exist_ok=True)
-    path = FOLDER / f"{name}.yaml"
+    path = FOLDER / f"{target}-{name}.yaml"
     path.write_text(yaml.safe_dump(spec))
     movdc = str(Path(sys.executable).with_name("movdc"))
-    subprocess.run([movdc, "compile", path, "-o", FOLDER / name, "--cache", FOLDER / "cache"], check=True)
-    return FOLDER / name
+    subprocess.run([movdc, "compile", path, "-o", path.with_suffix(""), "--cache", FOLDER / "cache"], check=True)
+    return path.with_suffix("")
 
 
 def eager(module: nn.Module, prefix: str, inputs: Mapping[str, Array]) -> Array:
@@ -79,11 +80,11 @@ def text_inputs(random: np.random.Generator) -> dict[str, Array]:
     return {"input_ids": random.integers(3, 32000, (1, TOKENS)), "text_mask": mask}
 
 
-def main() -> None:
+def main(target: Annotated[str, typer.Option(help="One that runs here.")] = "executorch-xnnpack") -> None:
     """Compile twice, run each stage and print how far it is from eager."""
     console = Console(width=120)
-    fp32 = compiled("fp32", {})
-    int8 = compiled("int8", {"quantize-int8": {"stages": ["text_encoder"]}})
+    fp32 = compiled("fp32", target, {"merge-tokens": {"steps": 15}})
+    int8 = compiled("int8", target, {"quantize-int8": {"stages": ["text_encoder"]}})
     random = np.random.default_rng(SEED)
 
     def normal(*shape: int) -> Array:
@@ -99,7 +100,7 @@ def main() -> None:
         "text": normal(1, TOKENS, TEXT["d_model"]),
         "text_mask": text["text_mask"],
     }
-    table = Table(title="relative L2 error against eager fp32 (cosine of int8's)")
+    table = Table(title=f"{target}: relative L2 error against eager fp32 (cosine of int8's)")
     for column in ("stage", "relative L2", "cosine"):
         table.add_column(column, justify="left" if column == "stage" else "right")
     encoder, denoiser = TextEncoder(config), Denoiser(STDiT3Config.from_dict(DENOISER), VIDEO)
@@ -121,7 +122,7 @@ def main() -> None:
     )
     for name, root, stage, variant, module, prefix, inputs in cases:
         wanted = eager(module, prefix, inputs).ravel()
-        (made,) = (array.ravel() for array in Executor(Bundle.read(root)).run(stage, variant, inputs).values())
+        (made,) = (array.ravel() for array in open_executor(Bundle.read(root)).run(stage, variant, inputs).values())
         if stage == "text_encoder":  # padded positions are nobody's
             wanted, made = (array[: PROMPT_TOKENS * TEXT["d_model"]] for array in (wanted, made))
         error = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)

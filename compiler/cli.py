@@ -151,7 +151,7 @@ def run(
 ) -> None:
     """Make a video with a bundle."""
     start = time.perf_counter()
-    from movdc.runtime.executor import MODES, Executor
+    from movdc.runtime.executors import MODES, open_executor
     from movdc.runtime.generate import Generator
     from movdc.runtime.journal import journal
     from movdc.runtime.prompt_cache import PromptCache
@@ -172,7 +172,7 @@ def run(
     }
     with journal(out, asked, resume=resume) as kept:
         with _says_how_to_go_on(kept), _progress() as progress:
-            executor = Executor(
+            executor = open_executor(
                 read,
                 mode=mode,
                 memory_budget=_bytes("--memory-budget", memory_budget),

@@ -67,7 +67,8 @@ def lower(
             parts = []
             for name, piece in pieces[stage.name, variant].items():
                 one = programs[lowered_as[name]]
-                parts.append(_partition(name, piece, writer.program_path(one.entry, target.program_suffix), one))
+                path = writer.program_path(one.entry, target.program_suffix)
+                parts.append(_partition(name, piece, path, one, target))
             chain = Chain.of(parts, graph.inputs, program.machine.slab_bytes)
             variants[variant] = variant_of(
                 chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
@@ -134,9 +135,10 @@ def _programs(
     return programs
 
 
-def _partition(name: str, piece: Piece, path: str, program: _Program) -> Partition:
+def _partition(name: str, piece: Piece, path: str, program: _Program, target: Target) -> Partition:
     """A partition whose weights are not written yet."""
     memory = program.memory
+    unpacked_bytes = piece.weight_bytes if target.load_copies > 1 else 0  # beside what is made of them
     return Partition(
         name=name,
         program=path,
@@ -145,7 +147,7 @@ def _partition(name: str, piece: Piece, path: str, program: _Program) -> Partiti
         outputs=tuple(piece.tensor(node) for node in piece.outputs),
         weight_bytes=piece.weight_bytes,
         held_bytes=memory.held_bytes,
-        load_bytes=memory.held_bytes + piece.weight_bytes,
+        load_bytes=memory.held_bytes + unpacked_bytes,
         program_bytes=memory.program_bytes,
         workspace_bytes=memory.workspace_bytes,
         planned_bytes=memory.planned_bytes,

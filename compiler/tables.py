@@ -19,7 +19,7 @@ from movdc.runtime.sampler import Trajectory
 
 if TYPE_CHECKING:
     from movdc.compiler.device import DeviceProfile
-    from movdc.runtime._engine import RunReport
+    from movdc.runtime.executors import Report
 
 _WORST_SHOWN = 10
 _COLUMNS = 116  # wider than a pipe's 80, for nothing in a table may be cut off
@@ -35,7 +35,7 @@ def print_trajectory(console: Console, trajectory: Trajectory) -> None:
     console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
 
 
-def print_reports(console: Console, reports: Mapping[str, Sequence[RunReport]]) -> None:
+def print_reports(console: Console, reports: Mapping[str, Sequence[Report]]) -> None:
     """What each stage took on both lanes, and what it held."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("stage", "calls", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):

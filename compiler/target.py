@@ -38,8 +38,8 @@ class Slot:
 
     key: str
     weight: str  # PieceWeight.name
-    layout: Literal["plain", "channels-last"]
-    dtype: DType | None  # None where the target asks for bytes
+    layout: Literal["plain", "channels-last", "transposed"]
+    dtype: DType | None  # None where the target asks for bytes; u8 of an int8 weight is 128 above its values
     shape: tuple[int, ...]
 
     @property
@@ -49,10 +49,13 @@ class Slot:
 
     def parts(self, ref: WeightRef, loss: Loss | None) -> Iterator[Tensor]:
         """The weight's data, as the program wants it; `loss` gets what int8 loses."""
-        if self.layout == "plain":
-            yield from ref.parts(loss)
-        else:
-            yield torch.cat(list(ref.parts(loss))).permute(0, 2, 3, 1).contiguous()
+        parts = ref.parts(loss)
+        if self.layout != "plain":
+            whole = torch.cat(list(parts))
+            parts = iter([whole.T if self.layout == "transposed" else whole.permute(0, 2, 3, 1)])
+        for part in parts:
+            is_raised = self.dtype == "u8" and part.dtype == torch.int8
+            yield (part.view(torch.uint8) ^ 128 if is_raised else part).contiguous()
 
 
 @dataclass(frozen=True)

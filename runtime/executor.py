@@ -6,18 +6,16 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
 
 import numpy as np
 
 from movdc.runtime import _engine
 from movdc.runtime._engine import RunReport
-from movdc.runtime.bundle import NUMPY_DTYPES, Bundle, TensorSpec
+from movdc.runtime.bundle import NUMPY_DTYPES, Bundle
 from movdc.runtime.errors import BudgetError, BundleError, CancelledError, InputError, PartitionError
+from movdc.runtime.executors import Array, Mode, Pressure, checked_inputs
 
-Array = np.ndarray[Any, Any]
-Mode = Literal["sequential", "concurrent", "dynamic"]
-MODES: dict[Mode, _engine.Mode] = {
+_MODES: dict[Mode, _engine.Mode] = {
     "sequential": _engine.Mode.sequential,
     "concurrent": _engine.Mode.concurrent,
     "dynamic": _engine.Mode.dynamic,
@@ -47,7 +45,7 @@ class Executor:
         self._own_folder = tempfile.TemporaryDirectory(prefix="movdc-") if packed_cache is None else None
         self.reports: dict[str, list[RunReport]] = {}  # of every run, by stage
         options = _engine.Options(
-            mode=MODES[mode],
+            mode=_MODES[mode],
             budget_bytes=bundle.manifest.budget_bytes if memory_budget is None else memory_budget,
             packed_cache=str(packed_cache) if self._own_folder is None else self._own_folder.name,
             packed_cache_limit_bytes=PACKED_LIMIT_BYTES,
@@ -72,9 +70,7 @@ class Executor:
         `then` is the variant of the same stage that runs next, if one does: its first partitions load meanwhile.
         """
         plan = self._bundle.stages[stage].variants[variant]
-        prepared = {spec.name: _checked(stage, spec, inputs) for spec in plan.inputs}
-        if unknown := sorted(set(inputs) - set(prepared)):
-            raise InputError(f"{stage}: has no input {unknown[0]!r}; its inputs are {', '.join(prepared)}")
+        prepared = checked_inputs(stage, plan.inputs, inputs)
         outputs = {spec.name: np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in plan.outputs}
         with self._errors():
             self._engine.run(stage, variant, prepared, outputs, then or "")
@@ -89,7 +85,7 @@ class Executor:
         """Give the engine another budget in bytes, from the next run on."""
         self._engine.set_budget(memory_budget)
 
-    def relieve(self, pressure: Literal["warning", "critical"]) -> None:
+    def relieve(self, pressure: Pressure) -> None:
         """Free half of what stays loaded, or all of it, at once or after the partition that runs now."""
         self._engine.relieve(_engine.Pressure.warning if pressure == "warning" else _engine.Pressure.critical)
 
@@ -115,15 +111,3 @@ class Executor:
             raise InputError(str(error)) from None
         except _engine.PartitionError as error:
             raise PartitionError(f"{error}; compile the bundle again, on the versions it names") from None
-
-
-def _checked(stage: str, spec: TensorSpec, inputs: Mapping[str, Array]) -> Array:
-    if spec.name not in inputs:
-        raise InputError(f"{stage}: input {spec.name!r} is missing")
-    array = inputs[spec.name]
-    if array.shape != spec.shape or array.dtype != NUMPY_DTYPES[spec.dtype]:
-        raise InputError(
-            f"{stage}: input {spec.name!r} is {array.dtype} {list(array.shape)}, "
-            f"wanted {NUMPY_DTYPES[spec.dtype]} {list(spec.shape)}"
-        )
-    return np.ascontiguousarray(array)

@@ -11,6 +11,7 @@ from movdc.compiler.target import Target
 # Name of each target, and where its class is: a line adds one, and it is imported when it is asked for.
 TARGETS: dict[str, str] = {
     "executorch-xnnpack": "movdc.targets.executorch_xnnpack:ExecutorchXnnpack",
+    "onnx": "movdc.targets.onnx:Onnx",
     "null": "movdc.targets.null:Null",
 }
 

@@ -46,8 +46,9 @@ class Refused(Protocol):
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """The option that saves minutes when a compile is not what is tested."""
+    """The options that save minutes when a compile is not what is tested."""
     parser.addoption("--bundle", type=Path, help="the example compiled, instead of compiling it anew")
+    parser.addoption("--onnx_bundle", type=Path, help="the same for the target onnx")
 
 
 @pytest.fixture(scope="session")
@@ -137,6 +138,7 @@ COMPILES = {
     "bundle": ("one/tiny", []),
     "twin_bundle": ("another/place/twin", ["--no-cache"]),
     "small_bundle": ("small/tiny", ["--memory-budget", "12MB"]),
+    "onnx_bundle": ("onnx/tiny", ["--target", "onnx"]),
 }
 
 
@@ -146,8 +148,7 @@ def compiles(
 ) -> Iterator[dict[str, Future[Path]]]:
     """Every compile that a test of this run asks for, two at a time: a compile takes minutes and uses one core."""
     asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    if request.config.getoption("--bundle") is not None:
-        asked_for.discard("bundle")
+    asked_for -= {name for name in ("bundle", "onnx_bundle") if request.config.getoption(f"--{name}") is not None}
     root = tmp_path_factory.mktemp("bundles")
 
     def compile_to(place: str, options: list[str]) -> Path:
@@ -164,8 +165,18 @@ def compiles(
 @pytest.fixture(scope="session")
 def bundle(compiles: dict[str, Future[Path]], request: pytest.FixtureRequest) -> Path:
     """The example compiled; copy it before you change it."""
-    given: Path | None = request.config.getoption("--bundle")
-    return compiles["bundle"].result() if given is None else given.resolve()
+    return _given_or_compiled("bundle", compiles, request)
+
+
+@pytest.fixture(scope="session")
+def onnx_bundle(compiles: dict[str, Future[Path]], request: pytest.FixtureRequest) -> Path:
+    """The example compiled for ONNX Runtime; copy it before you change it."""
+    return _given_or_compiled("onnx_bundle", compiles, request)
+
+
+def _given_or_compiled(name: str, compiles: dict[str, Future[Path]], request: pytest.FixtureRequest) -> Path:
+    given: Path | None = request.config.getoption(f"--{name}")
+    return compiles[name].result() if given is None else given.resolve()
 
 
 @pytest.fixture(scope="session")

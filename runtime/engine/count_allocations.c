@@ -15,6 +15,7 @@ struct Header {  // lies before each block
 };
 
 static uint64_t allocated_bytes;
+static uint64_t peak_bytes;
 
 // What glibc takes for a block: from 64 KiB on whole pages (the engine says so), and some bytes of its own.
 static uint64_t TakenBytes(size_t size) {
@@ -26,6 +27,9 @@ static struct Header* HeaderOf(void* block) { return (struct Header*)block - 1; 
 
 uint64_t movd_allocated_bytes(void) { return __atomic_load_n(&allocated_bytes, __ATOMIC_RELAXED); }
 
+// The most that has been allocated since this was called last.
+uint64_t movd_peak_bytes(void) { return __atomic_exchange_n(&peak_bytes, movd_allocated_bytes(), __ATOMIC_RELAXED); }
+
 void* memalign(size_t alignment, size_t size) {
   if (alignment < sizeof(struct Header)) alignment = sizeof(struct Header);
   if (size > PTRDIFF_MAX - alignment) {
@@ -36,7 +40,11 @@ void* memalign(size_t alignment, size_t size) {
   if (base == NULL) return NULL;
   char* block = base + alignment;
   *HeaderOf(block) = (struct Header){size, alignment};
-  __atomic_add_fetch(&allocated_bytes, TakenBytes(size), __ATOMIC_RELAXED);
+  const uint64_t now_bytes = __atomic_add_fetch(&allocated_bytes, TakenBytes(size), __ATOMIC_RELAXED);
+  uint64_t most_bytes = __atomic_load_n(&peak_bytes, __ATOMIC_RELAXED);
+  while (now_bytes > most_bytes &&
+         !__atomic_compare_exchange_n(&peak_bytes, &most_bytes, now_bytes, 1, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+  }
   return block;
 }
 
