@@ -27,7 +27,7 @@ from movdc.compiler.cost import (
     scratch_bytes,
     size_bytes,
 )
-from movdc.compiler.cut import NEVER, Costs
+from movdc.compiler.cut import NEVER, Costs, Floats
 from movdc.compiler.device import Machine
 from movdc.compiler.folded import FoldedSource
 from movdc.compiler.printer import print_node, print_type
@@ -158,7 +158,7 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine, most_held_by
     running += lasting_bytes
     for start, row in enumerate(running):
         row[start + 2 :][held[start, start + 2 :] > most_held_bytes] = NEVER
-    run_s = machine.run_s(1) * _sums(chain.flops, chosen)
+    run_s: Floats = machine.run_s(1) * _sums(chain.flops, chosen)
     if any(chain.int8_flops):
         run_s += (machine.run_s(1, 1) - machine.run_s(1)) * _sums(chain.int8_flops, chosen)
     return Costs(
@@ -173,8 +173,9 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine, most_held_by
 
 def _sums(figures: Sequence[int], chosen: Ints) -> Ints:
     """[a, b]: the sum of a figure over the nodes of a stretch."""
-    done = np.cumsum([0, *figures])[chosen]
-    return np.maximum(done[None, :] - done[:, None], 0)
+    done: Ints = np.cumsum([0, *figures])[chosen]
+    made: Ints = np.maximum(done[None, :] - done[:, None], 0)
+    return made
 
 
 def _held_bytes(chain: Chain, chosen: Ints) -> Ints:

@@ -73,16 +73,18 @@ size_t Engine::Choose(const VariantRecord& variant) {
   }
   const bool first = has_run_ != &variant;
   const bool packs = first && !IsPacked(variant);
-  const uint64_t least_bytes = packs ? variant.first_needs_bytes : rows[0].needs_bytes;
+  uint64_t growing_bytes = 0;
+  for (size_t i = 0; i < variant.order.size() && first; ++i) {
+    growing_bytes = std::max(growing_bytes, GrowingBytes(variant, i));
+  }
+  // Packing takes more than a first run without it, which needs no more than the largest growth at the worst moment.
+  const uint64_t first_bytes = std::min(variant.first_needs_bytes, rows[0].needs_bytes + growing_bytes);
+  const uint64_t least_bytes = packs ? variant.first_needs_bytes : first ? first_bytes : rows[0].needs_bytes;
   if (least_bytes > had_bytes) {
     const std::string budget =
         run_budget_bytes_ == kMeasured ? "what the system has" : std::to_string(run_budget_bytes_);
     throw BudgetError(variant.stage + " needs " + std::to_string(least_bytes) + " bytes at least; the budget is " +
                       budget + ", and " + std::to_string(had_bytes) + " of it can be had now");
-  }
-  uint64_t growing_bytes = 0;
-  for (size_t i = 0; i < variant.order.size() && first; ++i) {
-    growing_bytes = std::max(growing_bytes, GrowingBytes(variant, i));
   }
   size_t best = 0;
   for (size_t i = 1; i < rows.size() && mode_ != Mode::kSequential && !packs; ++i) {
