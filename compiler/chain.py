@@ -158,7 +158,7 @@ def costs(chain: Chain, positions: Sequence[int], machine: Machine, most_held_by
     running += lasting_bytes
     for start, row in enumerate(running):
         row[start + 2 :][held[start, start + 2 :] > most_held_bytes] = NEVER
-    run_s: Floats = machine.run_s(1) * _sums(chain.flops, chosen)
+    run_s: Floats = np.multiply(machine.run_s(1), _sums(chain.flops, chosen), dtype=np.float64)
     if any(chain.int8_flops):
         run_s += (machine.run_s(1, 1) - machine.run_s(1)) * _sums(chain.int8_flops, chosen)
     return Costs(
