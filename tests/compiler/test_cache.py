@@ -138,6 +138,6 @@ def test_weights_that_the_disk_has_no_room_for_are_refused_before_any_is_written
     ref = RandomSource(0, {"weight": (1 << 60,)}).refs()["weight"]
     with open_cache(tmp_path) as cache:
         file = WantedFile("weights-a", [slot], {"weight": ref})
-        with pytest.raises(MovdcError, match=r"take 4294967296\.0 GiB more, .* are free; free some"):
+        with pytest.raises(MovdcError, match=r"take 4294967296\.00 GiB more, .* are free; free some"):
             make_files([file], ExecutorchXnnpack(), cache, 1, lambda done, total: None)
         assert list(cache.work.iterdir()) == []
