@@ -380,7 +380,8 @@ def main() -> None:
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        errors.print("[red]error:[/red] the disk is full; free some, then the same command goes on from what it kept")
+        text = "[red]error:[/red] the disk is full; free some, then the same command goes on from what it kept"
+        errors.print(text, soft_wrap=True)
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         errors.print("stopped; nothing is half written")

@@ -175,7 +175,8 @@ def test_a_number_out_of_range_is_refused(movdc: Movdc, bundle: Path, tmp_path: 
 def test_a_way_to_run_that_there_is_not_is_refused(
     movdc: Movdc, refused: Refused, bundle: Path, tmp_path: Path, option: str, value: str, says: str
 ) -> None:
-    message = refused(movdc("run", bundle, "--prompt", "a red circle", "-o", tmp_path / "clip.mp4", option, value))
+    options = ["--prompt", "a red circle", "-o", tmp_path / "clip.mp4", "--no-cache", option, value]
+    message = refused(movdc("run", bundle, *options))
     assert re.search(says, message), message
     assert not list(tmp_path.iterdir())
 
