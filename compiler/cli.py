@@ -301,7 +301,8 @@ def devices(
     """List the device profiles, say where the numbers of one come from, or measure this machine."""
     if measure:
         _silence_libraries()
-        from movdc.targets.measure_host import measure_host, print_profile
+        from movdc.compiler.device import print_profile
+        from movdc.targets.measure_host import measure_host
 
         with tempfile.TemporaryDirectory(prefix="movdc-") as folder:
             profile = measure_host(Path(folder))

@@ -16,12 +16,13 @@ from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, InternalError, MovdcError
 from movdc.compiler.family import Family
 from movdc.compiler.finished import compile_key, recall, remember
+from movdc.compiler.levels import count_calls, variant_of
 from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
 from movdc.compiler.refusals import check_runs
-from movdc.compiler.residency import most_bytes
+from movdc.compiler.residency import Chain, most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
 from movdc.compiler.units import format_bytes
@@ -60,6 +61,8 @@ def compile_bundle(
                 spec_file, family, target, machine, phases, dump, writer, cache, progress, note, jobs
             )
             remember(key, made, planners, writer, cache)
+        else:
+            made = _replanned(made, machine)
         manifest = made.model_copy(
             update={
                 "spec": spec_file.spec.model_dump(mode="json"),
@@ -204,6 +207,21 @@ def _optimise(
             if error.stage != "vae_spatial" or micro_batch_frames == family.micro_batches[-1]:
                 raise
     raise InternalError(f"family {family.name} names no micro-batch")
+
+
+def _replanned(manifest: Manifest, machine: Machine) -> Manifest:
+    """A finished compile whose levels are chosen anew: they go by how often the sampler's plan calls each variant."""
+    named = {one.name: one for one in manifest.partitions}
+    stages = []
+    for stage in manifest.stages:
+        variants = {}
+        for name, one in stage.variants.items():
+            chain = Chain.of([named[part] for part in one.order], one.inputs, manifest.slab_bytes)
+            calls = count_calls(manifest.sampler, manifest.decode, manifest.stages, stage.name, name)
+            variants[name] = variant_of(chain, machine, stage.cadence, calls, stage.name, one.inputs, one.outputs)
+        stages.append(stage.model_copy(update={"variants": variants}))
+    peak_bytes = _peak_bytes(stages, manifest.partitions, machine)
+    return manifest.model_copy(update={"stages": tuple(stages), "peak_bytes": peak_bytes})
 
 
 def _peak_bytes(stages: Sequence[Stage], partitions: Sequence[Partition], machine: Machine) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -12,6 +13,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from movdc.compiler.units import parse_bytes
 from movdc.runtime.bundle import DType
+from movdc.runtime.rates import Rates
 
 SLAB_BYTES = 256 * 1024  # a read of this size costs no more a byte than a larger one (docs/loading.md)
 
@@ -30,6 +32,8 @@ class DeviceProfile(BaseModel):
     fp16_flops_per_s: float = Field(gt=0)
     int8_flops_per_s: float = Field(gt=0)
     contention: float = Field(ge=0)  # how much longer a run takes while something loads: 0.1 is a tenth
+    load_contention: float = Field(default=0, ge=0)  # and a load while something runs
+    run_overhead_s: float = Field(default=0, ge=0)  # for each run of a partition, whatever it computes
     source: dict[str, str]  # where each of the numbers comes from
 
     @model_validator(mode="after")
@@ -41,13 +45,35 @@ class DeviceProfile(BaseModel):
 
     @property
     def numbers(self) -> dict[str, float]:
-        """The figures by their names."""
-        return {name: getattr(self, name) for name in type(self).model_fields if name != "source"}
+        """The figures that it gives, by their names."""
+        given = self.model_fields_set - {"source"}
+        return {name: getattr(self, name) for name in type(self).model_fields if name in given}
 
 
 def read_profiles(path: Path) -> dict[str, DeviceProfile]:
     """The profiles of a devices.toml by name."""
     return {name: DeviceProfile.model_validate(entry) for name, entry in tomllib.loads(path.read_text()).items()}
+
+
+def print_profile(name: str, profile: DeviceProfile) -> str:
+    """An entry of devices.toml."""
+    numbers: dict[str, object] = {**profile.numbers}
+    numbers |= {key: _print_bytes(getattr(profile, key)) for key in ("usable_memory", "load_rate")}
+    lines = [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in numbers.items())]
+    lines += ["", f"[{name}.source]", *(f"{key} = {_toml(text)}" for key, text in profile.source.items())]
+    return "\n".join(lines)
+
+
+def _print_bytes(size_bytes: float) -> str:
+    for unit in ("B", "KB", "MB"):
+        if size_bytes < 1000:
+            return f"{size_bytes:.4g}{unit}"
+        size_bytes /= 1000
+    return f"{size_bytes:.4g}GB"
+
+
+def _toml(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else json.dumps(value, ensure_ascii=False)
 
 
 @dataclass(frozen=True)
@@ -64,6 +90,8 @@ class Machine:
     slab_bytes: int = 0  # what the engine reads files through, held all the time
     int8_flops_per_s: float | None = None  # of products with int8 weights; None is as the others
     contention: float = 0.0  # how much longer a run takes while something loads
+    load_contention: float = 0.0  # and a load while something runs
+    run_overhead_s: float = 0.0  # for each run of a partition
     held_as: Mapping[DType, DType] = field(default_factory=dict)  # types of weights that it holds as another one
     reserves: tuple[tuple[str, int], ...] = ()  # stages, and the bytes that estimates have missed there
 
@@ -76,6 +104,19 @@ class Machine:
         reserves = dict(self.reserves)
         reserves[stage] = reserves.get(stage, 0) + more_bytes
         return replace(self, reserves=tuple(reserves.items()))
+
+    @property
+    def rates(self) -> Rates:
+        """What the simulator goes by."""
+        return Rates(
+            load_bytes_per_s=self.load_bytes_per_s,
+            compute_flops_per_s=self.compute_flops_per_s,
+            int8_flops_per_s=self.int8_flops_per_s,
+            load_overhead_s=self.load_overhead_s,
+            run_overhead_s=self.run_overhead_s,
+            contention=self.contention,
+            load_contention=self.load_contention,
+        )
 
     def load_s(self, weight_bytes: float) -> float:
         """Predicted seconds to load a partition."""

@@ -18,6 +18,7 @@ from movdc.compiler.target import Target
 from movdc.compiler.weights import file_identity
 from movdc.runtime.bundle import Manifest, Sampler
 
+_RUNTIME = tuple(f"movdc.runtime.{name}" for name in ("bundle", "rates", "simulate", "simulated_loader"))
 _READ = (".json", ".safetensors", ".bin", ".model")  # the files of a checkpoint that a compile may read
 
 
@@ -37,7 +38,7 @@ def compile_key(
         *(one.identity for one in passes),
         repr(machine),
         target.program_identity,
-        code_identity("movdc.compiler", "movdc.models", "movdc.passes", "movdc.runtime.bundle"),
+        code_identity("movdc.compiler", "movdc.models", "movdc.passes", *_RUNTIME),
         *(f"{name} {version(name)}" for name in ("diffusers", "tokenizers", "transformers")),
         *map(file_identity, files),
     )

@@ -12,9 +12,10 @@ from movdc.compiler.bundle_writer import BundleWriter
 from movdc.compiler.cache import CompileCache, Entry, key_of
 from movdc.compiler.emit import emit_all
 from movdc.compiler.layer_errors import LayerErrors
+from movdc.compiler.levels import count_calls, variant_of
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Program
-from movdc.compiler.residency import Chain, variant_of
+from movdc.compiler.residency import Chain
 from movdc.compiler.target import Artifact, Memory, Slot, Target
 from movdc.compiler.weights_files import files_of, make_files
 from movdc.runtime.bundle import Constant, LayerError, Partition, Stage
@@ -70,8 +71,9 @@ def lower(
                 path = writer.program_path(one.entry, target.program_suffix)
                 parts.append(_partition(name, piece, path, one, target))
             chain = Chain.of(parts, graph.inputs, program.machine.slab_bytes)
+            calls = count_calls(program.sampler, program.decode, program.stages, stage.name, variant)
             variants[variant] = variant_of(
-                chain, program.machine, stage.cadence, stage.name, graph.inputs, graph.outputs
+                chain, program.machine, stage.cadence, calls, stage.name, graph.inputs, graph.outputs
             )
             made |= {part.name: part for part in parts}
         stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 
 from movdc.compiler.device import SLAB_BYTES, DeviceProfile, Machine
 from movdc.compiler.int8_readers import quantized_graph
+from movdc.compiler.levels import variant_of
 from movdc.compiler.pieces import Piece, piece_of
 from movdc.compiler.program import Graph
-from movdc.compiler.residency import Chain, variant_of
+from movdc.compiler.residency import Chain
 from movdc.compiler.trace import trace
 from movdc.compiler.weights import RandomSource
 from movdc.runtime.bundle import (
@@ -84,19 +85,6 @@ def measure_host(folder: Path, width: int = WIDTH) -> DeviceProfile:
             "contention": f"measured: runs took {fp32.slower_s:.3f} s longer beside {fp32.beside_s:.3f} s of loads",
         },
     )
-
-
-def print_profile(name: str, profile: DeviceProfile) -> str:
-    """An entry of devices.toml."""
-    numbers = profile.numbers | {"usable_memory": f"{profile.usable_memory / 1e9:.1f}GB"}
-    numbers["load_rate"] = f"{profile.load_rate / 1e6:.0f}MB"
-    lines = [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in numbers.items())]
-    lines += ["", f"[{name}.source]", *(f"{key} = {_toml(text)}" for key, text in profile.source.items())]
-    return "\n".join(lines)
-
-
-def _toml(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else f'"{value}"'
 
 
 class _Stack(nn.Module):
@@ -197,7 +185,7 @@ def _write_bundle(root: Path, pieces: list[Piece]) -> None:
         )
     inputs, outputs = partitions[0].inputs, partitions[-1].outputs
     chain = Chain.of(partitions, inputs, SLAB_BYTES)
-    variant = variant_of(chain, _ROOMY, "per_step", _STAGE, inputs, outputs)
+    variant = variant_of(chain, _ROOMY, "per_step", PASSES, _STAGE, inputs, outputs)
     others = ("family", "target", "device", "video", "prompt", "sampler", "decode", "spec", "pipeline", "versions")
     text = to_json(
         dict.fromkeys(others)

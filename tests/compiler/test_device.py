@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from movdc.compiler.device import DeviceProfile, Machine, read_profiles
+from movdc.compiler.device import DeviceProfile, Machine, print_profile, read_profiles
 from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
-from movdc.targets.measure_host import measure_host, print_profile
+from movdc.targets.measure_host import measure_host
 
 
 @pytest.fixture

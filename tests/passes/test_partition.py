@@ -15,10 +15,11 @@ from movdc.compiler.chain import chain_of, common_positions, costs, legal_positi
 from movdc.compiler.cut import cheapest, predict
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, MovdcError
+from movdc.compiler.levels import variant_of
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.printer import print_graph
 from movdc.compiler.program import Graph, Program, Stage
-from movdc.compiler.residency import Chain, variant_of
+from movdc.compiler.residency import Chain
 from movdc.passes.partition import Partition
 from movdc.passes.share_templates import ShareTemplates
 from movdc.runtime import bundle
@@ -84,7 +85,7 @@ def _sequential_peak_bytes(graph: Graph, budget_bytes: int, working: bool = Fals
     """What the certificate says that a first run holds, with what the largest partition computes in or without."""
     made = [_manifest(str(index), piece, working) for index, piece in enumerate(split(graph))]
     machine = replace(MACHINE, budget_bytes=budget_bytes)
-    variant = variant_of(Chain.of(made, graph.inputs, 0), machine, "once", "net", graph.inputs, graph.outputs)
+    variant = variant_of(Chain.of(made, graph.inputs, 0), machine, "once", 1, "net", graph.inputs, graph.outputs)
     return variant.first_needs_bytes
 
 
