@@ -1,0 +1,281 @@
+"""Fit: whether a pipeline fits a device and how long a video takes, told from its configs, without weights or a trace.
+
+Layers (compiler/layers.py) stand in for the nodes of a graph. They are cut by the planner of every compile, get levels
+of residency as every bundle does, and are played by the simulator. What no config tells, how much a target's kernels
+take, comes from the same figures by which a compile plans before it measures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from itertools import pairwise
+
+import numpy as np
+
+from movdc.compiler.cut import Costs, cheapest, largest, least_s, smallest_budget
+from movdc.compiler.device import Machine
+from movdc.compiler.errors import BudgetError
+from movdc.compiler.layers import Layer, StageLayers
+from movdc.compiler.levels import variant_of
+from movdc.compiler.repeats import fewest_programs
+from movdc.compiler.residency import Chain, first_needs_bytes, most_bytes
+from movdc.compiler.units import format_bytes
+from movdc.runtime.bundle import Partition, TensorSpec, Variant
+from movdc.runtime.simulate import Call, Simulator
+from movdc.runtime.timeline import StageTimes, stage_times
+
+SLACK, MOST_WEIGHT_BYTES = 0.1, 512 * 10**6  # the defaults of the pass partition
+NODES = 14  # of a layer, about
+PLANS = 4  # that are tried, each with more in reserve than the one before
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a user may change about a video, or give up."""
+
+    frames: int
+    height: int
+    width: int
+    steps: int
+    merged_steps: int = 0
+    leap_step: int | None = None  # the step that goes straight to the end
+    int8: tuple[str, ...] = ()  # patterns of stages
+    embeddings: bool = False  # also the rows that are looked up
+    batch: int = 4  # frames that are decoded at once
+
+    @property
+    def evaluations(self) -> int:
+        """How often the denoiser is called."""
+        return self.steps if self.leap_step is None else min(self.leap_step + 1, self.steps)
+
+
+@dataclass(frozen=True)
+class StageFit:
+    """How one stage is cut, and what it takes."""
+
+    partitions: int  # of all variants
+    programs: int
+    weight_bytes: int
+    peak_bytes: int
+    times: StageTimes
+    bound_s: float  # of one call, that no cutting can beat
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What a pipeline takes on a device; nothing of it where some stage does not fit."""
+
+    stages: Mapping[str, StageFit]
+    needs_bytes: int  # about the least budget that every stage can be cut for
+    bundle_bytes: int
+    refusal: str = ""  # why it does not fit
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is a plan."""
+        return not self.refusal
+
+    @property
+    def seconds(self) -> float:
+        """Of one video; infinite where it does not fit."""
+        return sum(one.times.wall_s for one in self.stages.values()) if self.fits else math.inf
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held at any moment."""
+        return max((one.peak_bytes for one in self.stages.values()), default=0)
+
+
+StagesOf = Callable[[Choice], Sequence[StageLayers]]
+BATCHES = (4, 2, 1)  # frames that are decoded at once, best first
+
+
+def fit(stages_of: StagesOf, choice: Choice, machine: Machine) -> Fit:
+    """Plan and play every stage, with the largest batch of the decoder that fits."""
+    for batch in BATCHES:
+        chosen = replace(choice, batch=batch)
+        found = _fit(stages_of(chosen), chosen, machine)
+        if found.fits or not found.refusal.startswith("vae_spatial"):
+            break
+    last = replace(choice, batch=BATCHES[-1])
+    return replace(found, needs_bytes=max(_needs_bytes(stage, last, machine) for stage in stages_of(last)))
+
+
+def _needs_bytes(stage: StageLayers, choice: Choice, machine: Machine) -> int:
+    """The least budget that a stage can be cut for, and that its first run holds when it is cut so."""
+    stored, each = _all_costs(stage, choice, machine)
+    least = replace(machine, budget_bytes=smallest_budget(largest(each))[0])
+    cuts = cheapest(replace(largest(each), machine=least))
+    if cuts is None:
+        return least.budget_bytes
+    first = [
+        first_needs_bytes(Chain.of(parts, parts[0].inputs, machine.slab_bytes))
+        for name, layers in stage.variants.items()
+        if (parts := _partitions(stage, name, layers, stored[name], cuts, machine))
+    ]
+    return max(least.budget_bytes, *first)
+
+
+def _all_costs(stage: StageLayers, choice: Choice, machine: Machine) -> tuple[dict[str, list[int]], list[Costs]]:
+    """Bytes of the weights of each layer, and what stretches of them cost, of each variant."""
+    int8 = any(fnmatchcase(stage.name, pattern) for pattern in choice.int8)
+    stored = {name: _stored(layers, choice, int8) for name, layers in stage.variants.items()}
+    return stored, [_costs(stage, layers, stored[name], machine) for name, layers in stage.variants.items()]
+
+
+def _fit(stages: Sequence[StageLayers], choice: Choice, machine: Machine) -> Fit:
+    found, bundle_bytes, refusal = {}, 0, ""
+    for stage in stages:
+        stored, each = _all_costs(stage, choice, machine)
+        costs = largest(each)
+        bundle_bytes += sum(next(iter(stored.values())))
+        try:
+            if not refusal:
+                found[stage.name] = _planned(stage, costs, stored, choice, machine)
+        except BudgetError as error:
+            refusal = str(error)
+    return Fit({} if refusal else found, 0, bundle_bytes, refusal)
+
+
+def _stored(layers: Sequence[Layer], choice: Choice, int8: bool) -> list[int]:
+    """Bytes of the weights of each layer."""
+    return [layer.stored_bytes(int8 and (choice.embeddings or not layer.looks_up)) for layer in layers]
+
+
+def _planned(
+    stage: StageLayers, costs: Costs, stored: Mapping[str, Sequence[int]], choice: Choice, machine: Machine
+) -> StageFit:
+    """A plan that keeps as much in reserve as the one before was over the budget, as a compile makes it."""
+    reserved_bytes = 0
+    for _ in range(PLANS - 1):
+        planning = replace(machine, budget_bytes=machine.budget_bytes - reserved_bytes)
+        try:
+            return _stage(stage, replace(costs, machine=planning), stored, choice, machine)
+        except BudgetError as error:
+            if not error.excess_bytes:
+                raise
+            reserved_bytes += error.excess_bytes
+    planning = replace(machine, budget_bytes=machine.budget_bytes - reserved_bytes)
+    return _stage(stage, replace(costs, machine=planning), stored, choice, machine)
+
+
+def _stage(
+    stage: StageLayers, costs: Costs, stored: Mapping[str, Sequence[int]], choice: Choice, machine: Machine
+) -> StageFit:
+    layers = next(iter(stage.variants.values()))
+    numbers: dict[str, int] = {}
+    kinds = [numbers.setdefault(layer.kind, len(numbers)) for layer in layers]
+
+    def programs(cuts: Sequence[int]) -> int:
+        return len({tuple(kinds[start:stop]) for start, stop in pairwise(cuts)}) * len(stage.variants)
+
+    cuts = fewest_programs(costs, kinds, SLACK, programs)
+    if cuts is None:
+        raise BudgetError(
+            stage.name,
+            f"takes about {format_bytes(smallest_budget(costs)[0])} at least, however it is cut; "
+            f"the budget is {format_bytes(machine.budget_bytes)}",
+        )
+    calls = _calls(stage, choice)
+    partitions: list[Partition] = []
+    variants: dict[str, Variant] = {}
+    for name, own in stage.variants.items():
+        parts = _partitions(stage, name, own, stored[name], cuts, machine)
+        partitions += parts
+        inputs = (_tensor("x", stage.input_bytes),)
+        outputs = parts[-1].outputs
+        chain = Chain.of(parts, inputs, machine.slab_bytes)
+        count = max(calls.count(name), 1)
+        variants[name] = variant_of(chain, machine, stage.cadence, count, stage.name, inputs, outputs)
+    named = {one.name: one for one in partitions}
+    simulator = Simulator(named, machine.slab_bytes, machine.rates, machine.budget_bytes)
+    again = [name == after for name, after in zip(calls, [*calls[1:], ""], strict=True)]
+    simulator.run(Call(stage.name, variants[name], more) for name, more in zip(calls, again, strict=True))
+    orders = [(one, [named[name] for name in one.order]) for one in variants.values()]
+    return StageFit(
+        partitions=len(partitions),
+        programs=programs(cuts),
+        weight_bytes=sum(next(iter(stored.values()))),
+        peak_bytes=max(most_bytes(one, order, machine.budget_bytes) for one, order in orders),
+        times=stage_times(simulator.events)[stage.name],
+        bound_s=least_s(costs),
+    )
+
+
+def _calls(stage: StageLayers, choice: Choice) -> list[str]:
+    """The variants that one video calls."""
+    if stage.cadence == "once":
+        return ["plain"]
+    if stage.cadence == "per_step":
+        merged = min(choice.merged_steps if "merged" in stage.variants else 0, choice.evaluations)
+        return ["merged"] * merged + ["plain"] * (choice.evaluations - merged)
+    if stage.name == "vae_temporal":
+        shown = [int(name.removeprefix("frames")) for name in stage.variants]
+        whole, rest = divmod(choice.frames, shown[0])
+        return [f"frames{shown[0]}"] * whole + ([f"frames{rest}"] if rest else [])
+    return ["plain"] * math.ceil(choice.frames / choice.batch)
+
+
+def _costs(stage: StageLayers, layers: Sequence[Layer], stored: Sequence[int], machine: Machine) -> Costs:
+    """What every stretch of layers costs, as chain.py has it of nodes."""
+    count = len(layers)
+    behind = np.cumsum([0, *stored])
+    held = np.maximum(behind[None, :] - behind[:, None], 0)
+    before = np.array([0, *(layer.live_bytes for layer in layers)], np.int64)
+    before[0] = max(stage.input_bytes, stage.output_bytes)
+    working = np.zeros((count + 1, count + 1), np.int64)
+    for start in range(count):
+        inner = np.maximum.accumulate([layer.working_bytes for layer in layers[start:]])
+        working[start, start + 1 :] = machine.value_copies * inner
+    lasting_bytes = stage.input_bytes + machine.slab_bytes + machine.node_bytes * NODES * count
+    running = before[:, None] + before[None, :] + held + working + lasting_bytes
+    running[held > MOST_WEIGHT_BYTES] = 1 << 60
+    for index in range(count):  # a single layer fits whatever it weighs
+        running[index, index + 1] = before[index] + before[index + 1] + held[index, index + 1]
+        running[index, index + 1] += working[index, index + 1] + lasting_bytes
+    each_s = [machine.run_s(one.flops, one.int8_flops(size)) for one, size in zip(layers, stored, strict=True)]
+    done = np.cumsum([0, *each_s])
+    run_s = np.maximum(done[None, :] - done[:, None], 0)
+    return Costs(machine, lasting_bytes + before, held, working, running, run_s)
+
+
+def _partitions(
+    stage: StageLayers,
+    variant: str,
+    layers: Sequence[Layer],
+    stored: Sequence[int],
+    cuts: Sequence[int],
+    machine: Machine,
+) -> list[Partition]:
+    """The records that a bundle would have of them."""
+    found: list[Partition] = []
+    for index, (start, stop) in enumerate(pairwise(cuts)):
+        own = layers[start:stop]
+        held_bytes = sum(stored[start:stop])
+        out_bytes = stage.output_bytes if stop == len(layers) else own[-1].live_bytes
+        inputs = (_tensor("x", stage.input_bytes) if index == 0 else found[-1].outputs[0],)
+        found.append(
+            Partition(
+                name=f"{stage.name}.{variant}.{index}",
+                program="programs/p.pte",
+                weights=(f"weights/{stage.name}-{index}",),
+                inputs=inputs,
+                outputs=(_tensor(f"h{index}", out_bytes),),
+                weight_bytes=held_bytes,
+                held_bytes=held_bytes,
+                load_bytes=round(machine.load_copies * held_bytes),
+                program_bytes=machine.node_bytes * NODES * len(own),
+                workspace_bytes=round(machine.value_copies * max(layer.working_bytes for layer in own)),
+                planned_bytes=0,
+                flops=sum(layer.flops for layer in own),
+                int8_flops=sum(layer.int8_flops(size) for layer, size in zip(own, stored[start:stop], strict=True)),
+            )
+        )
+    return found
+
+
+def _tensor(name: str, size_bytes: int) -> TensorSpec:
+    return TensorSpec(name=name, dtype="u8", shape=(size_bytes,))
