@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -39,6 +40,12 @@ class BundleWriter:
         path = self._add("weights", entry, suffix)
         self.weights[path] = WeightsFile(path=path, constants=constants)
         return path
+
+    def add_text(self, path: str, text: str) -> File:
+        """Write a text file that comes from no cache."""
+        data = text.encode()
+        (self.root / path).write_bytes(data)
+        return File(path=path, size_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
 
     def finish(self, manifest: Manifest) -> None:
         """Write the manifest and its seal."""

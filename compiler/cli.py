@@ -1,4 +1,4 @@
-"""The command line: movdc compile, run, inspect, cache, passes, targets, devices."""
+"""The command line: movdc compile, run, inspect, fit, simulate, calibrate, cache, passes, targets, devices."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from movdc.compiler import plan_cli
 from movdc.compiler.errors import MovdcError, RefusedError
 from movdc.compiler.tables import (
     print_devices,
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
     from movdc.runtime.journal import Journal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+for command in (plan_cli.fit, plan_cli.simulate, plan_cli.calibrate):
+    app.command()(command)
 console = Console()
 UsageError: Any = typer.BadParameter.__base__  # typer exports no name for it
 OutFolder = Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")]

@@ -22,11 +22,12 @@ from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
 from movdc.compiler.refusals import check_runs
+from movdc.compiler.report import render
 from movdc.compiler.residency import Chain, most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
 from movdc.compiler.units import format_bytes
-from movdc.runtime.bundle import FORMAT_VERSION, Manifest, Partition, Sampler, Stage, Video
+from movdc.runtime.bundle import FORMAT_VERSION, REPORT, Manifest, Partition, Sampler, Stage, Video
 
 _PLANS = 4  # that are tried, each with more in reserve than the one before
 
@@ -71,6 +72,8 @@ def compile_bundle(
             }
         )
         check_manifest(manifest)
+        report = writer.add_text(REPORT, render(manifest, machine.rates, machine.budget_bytes))
+        manifest = manifest.model_copy(update={"files": (*manifest.files, report)})
         writer.finish(manifest)
     return manifest
 

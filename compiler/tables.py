@@ -16,9 +16,12 @@ from movdc.compiler.errors import Refusal
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import LayerError, Manifest, Variant
 from movdc.runtime.sampler import Trajectory
+from movdc.runtime.timeline import StageTimes
 
 if TYPE_CHECKING:
-    from movdc.compiler.device import DeviceProfile
+    from movdc.compiler.device import DeviceProfile, Machine
+    from movdc.compiler.fit import Choice, Fit
+    from movdc.compiler.offers import Offer
     from movdc.runtime.executors import Report
 
 _WORST_SHOWN = 10
@@ -35,7 +38,7 @@ def print_trajectory(console: Console, trajectory: Trajectory) -> None:
     console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
 
 
-def print_reports(console: Console, reports: Mapping[str, Sequence[Report]]) -> None:
+def print_reports(console: Console, reports: Mapping[str, Sequence[Report | StageTimes]]) -> None:
     """What each stage took on both lanes, and what it held."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("stage", "calls", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):
@@ -47,8 +50,11 @@ def print_reports(console: Console, reports: Mapping[str, Sequence[Report]]) -> 
         hidden = f"{max(0.0, 1 - wait_s / load_s):.0%}" if load_s > 0 else "-"  # of loading, behind running
         times = (f"{seconds:.2f} s" for seconds in (wall_s, load_s, run_s, wait_s))
         peak, read = max(one.peak_bytes for one in some), sum(one.read_bytes for one in some)
-        stay = str(len(some[-1].pinned))
-        table.add_row(stage, str(len(some)), *times, hidden, format_bytes(peak), stay, format_bytes(read))
+        last = some[-1]
+        calls, stay = (
+            (str(last.calls), "-") if isinstance(last, StageTimes) else (str(len(some)), str(len(last.pinned)))
+        )
+        table.add_row(stage, calls, *times, hidden, format_bytes(peak), stay, format_bytes(read))
     Console(width=max(console.width, _COLUMNS)).print(table)
 
 
@@ -88,6 +94,49 @@ def print_refusals(console: Console, refusals: Sequence[Refusal]) -> None:
     for one in refusals:
         table.add_row(one.stage, str(one.count), f"%{one.node}", one.operator, one.module or "-", one.reason)
     Console(file=console.file, width=max(console.width, _COLUMNS)).print(table)
+
+
+def print_fit(console: Console, name: str, found: Fit, choice: Choice, machine: Machine) -> None:
+    """Whether it fits, and what each stage takes."""
+    size = f"{choice.frames} frames of {choice.height}x{choice.width}, {choice.evaluations} evaluations"
+    if not found.fits:
+        console.print(f"{name}: {size}: does not fit: {found.refusal}", highlight=False, soft_wrap=True)
+        console.print(
+            f"the least budget that it can be cut for is about {format_bytes(found.needs_bytes)}", highlight=False
+        )
+        return
+    table = Table(title=f"{name}: {size}", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("stage", "calls", "partitions", "programs", "weights", "peak", "seconds", "loads", "runs", "waits"):
+        table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
+    for stage, one in found.stages.items():
+        seconds = (
+            f"{value:.1f} s" for value in (one.times.wall_s, one.times.load_s, one.times.run_s, one.times.wait_s)
+        )
+        sizes = (format_bytes(one.weight_bytes), format_bytes(one.peak_bytes))
+        table.add_row(stage, str(one.times.calls), str(one.partitions), str(one.programs), *sizes, *seconds)
+    Console(width=max(console.width, _COLUMNS)).print(table)
+    console.print(
+        f"fits: {found.seconds:.1f} s a video, peak {format_bytes(found.peak_bytes)} of "
+        f"{format_bytes(machine.budget_bytes)}, least budget about {format_bytes(found.needs_bytes)}, bundle "
+        f"{format_bytes(found.bundle_bytes)}; planned from configs alone",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def print_offers(console: Console, offers: Sequence[Offer], now: Fit) -> None:
+    """What could be given up, each by itself."""
+    table = Table(title="to give up, one at a time", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("give up", "fits", "seconds", "gain", "least budget", "bundle"):
+        table.add_column(column, justify="left" if column == "give up" else "right", no_wrap=True)
+    for one in offers:
+        fits, seconds = ("yes", f"{one.fit.seconds:.1f} s") if one.fit.fits else ("no", "-")
+        both = one.fit.fits and now.fits
+        gain = f"{now.seconds - one.fit.seconds:.1f} s" if both else format_bytes(now.needs_bytes - one.fit.needs_bytes)
+        table.add_row(
+            one.what, fits, seconds, gain, format_bytes(one.fit.needs_bytes), format_bytes(one.fit.bundle_bytes)
+        )
+    console.print(table)
 
 
 def print_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:

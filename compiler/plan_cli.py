@@ -1,0 +1,162 @@
+"""The commands that need no device: movdc fit, simulate, calibrate."""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+from rich.console import Console
+
+from movdc.compiler.device import DeviceProfile, print_profile, read_profiles
+from movdc.compiler.errors import MovdcError
+from movdc.compiler.tables import print_fit, print_offers, print_reports
+from movdc.compiler.units import format_bytes, parse_bytes
+from movdc.runtime.bundle import Bundle
+from movdc.runtime.calibrate import calibrate as fit_rates
+from movdc.runtime.rates import Rates
+from movdc.runtime.simulate import MODES, Mode, Simulator, calls_of
+from movdc.runtime.timeline import read_trace, stage_times, to_chrome
+
+_MOST_FLOPS_PER_S, _MOST_BYTES_PER_S = 1e15, 1e12  # where a fit finds that something takes no time at all
+console = Console()
+Device = Annotated[
+    str | None, typer.Option(help="A name of `movdc devices`, or a TOML file that `movdc calibrate` made.")
+]
+Budget = Annotated[str | None, typer.Option(help="Memory for a run, such as 3.3GB.")]
+
+
+def fit(
+    spec: Annotated[Path, typer.Argument(help="A pipeline YAML, or a folder with the models' configs.")],
+    device: Device = None,
+    memory_budget: Budget = None,
+    offers: Annotated[bool, typer.Option("--offers", help="What could be given up, also where it fits.")] = False,
+) -> None:
+    """Tell whether a pipeline fits a device, how fast it is and what to give up, from configs alone."""
+    from movdc.compiler import offers as choices
+    from movdc.compiler.fit import fit as plan
+    from movdc.models.opensora_layers import PUBLISHED, stages
+
+    spec_file = choices.read(spec)
+    known = {"opensora-1.2": choices.FamilyLayers(stages, PUBLISHED)}
+    if spec_file.spec.family not in known:
+        raise spec_file.error("family", f"unknown family {spec_file.spec.family!r}; there are {', '.join(known)}")
+    profile = profile_of(device or spec_file.spec.device)
+    budget_bytes = _bytes(memory_budget) or spec_file.spec.memory_budget
+    machine = choices.machine_of(profile, budget_bytes)
+    layers, choice = choices.stages_of(spec_file, known[spec_file.spec.family]), choices.choice_of(spec_file.spec)
+    found = plan(layers, choice, machine)
+    print_fit(console, str(spec), found, choice, machine)
+    if offers or not found.fits:
+        print_offers(console, choices.offers(layers, choice, machine), found)
+
+
+def simulate(
+    bundle: Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")],
+    device: Device = None,
+    memory_budget: Budget = None,
+    mode: Annotated[str, typer.Option(help=f"As of movdc run: {', '.join(MODES)}.")] = "dynamic",
+    steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps.")] = None,
+    first: Annotated[bool, typer.Option("--first", help="The first run of a device, which packs weights.")] = False,
+    trace: Annotated[Path | None, typer.Option(help="Write the simulated trace here, for Perfetto (.json).")] = None,
+    measured: Annotated[Path | None, typer.Option(help="A trace of `movdc run --trace`, to compare.")] = None,
+    report: Annotated[Path | None, typer.Option(help="Write the report here (.html).")] = None,
+) -> None:
+    """Play a bundle's schedule on a device: seconds of each stage, memory, what waits for what."""
+    manifest = Bundle.read(bundle).manifest
+    if mode not in MODES:
+        raise MovdcError(f"--mode: unknown {mode!r}; there are {', '.join(MODES)}")
+    chosen: Mode = mode
+    profile = profile_of(device or manifest.device)
+    events_of = None if measured is None else read_trace(measured)
+    budget_bytes = _bytes(memory_budget) or manifest.budget_bytes
+    from movdc.targets.registry import parse_target
+
+    rates = parse_target(manifest.target).machine(profile, budget_bytes).rates
+    simulator = Simulator.of(manifest, rates, budget_bytes=budget_bytes, mode=chosen, packed=not first)
+    events = simulator.run(calls_of(manifest, steps))
+    print_reports(console, {stage: [times] for stage, times in stage_times(events).items()})
+    if events_of is not None:
+        console.print("measured:")
+        print_reports(console, {stage: [times] for stage, times in stage_times(events_of).items()})
+    console.print(
+        f"{simulator.now_s:.1f} s on {device or manifest.device}, peak {format_bytes(simulator.books.peak_bytes)} of "
+        f"{format_bytes(budget_bytes)}"
+    )
+    if trace is not None:
+        trace.write_text(to_chrome(events))
+    if report is not None:
+        from movdc.compiler.report import render
+
+        report.write_text(render(manifest, rates, budget_bytes, events_of))
+
+
+def calibrate(
+    bundle: Annotated[Path, typer.Argument(help="The bundle that was run.")],
+    trace: Annotated[Path, typer.Option(help="A trace of `movdc run --trace`, of this machine or of a phone.")],
+    name: Annotated[str, typer.Option(help="What to call the device.")] = "measured",
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the profile here (.toml).")] = None,
+) -> None:
+    """Fit a device profile to a measured trace."""
+    manifest = Bundle.read(bundle).manifest
+    rates = fit_rates(read_trace(trace), {one.name: one for one in manifest.partitions})
+    text = print_profile(name, _measured(rates, manifest.budget_bytes, trace.name)) + "\n"
+    console.print(text, markup=False, highlight=False, end="")
+    packed = "" if math.isinf(rates.pack_bytes_per_s) else f"; packs {format_bytes(rates.pack_bytes_per_s)}/s, once"
+    console.print(f"# initialises a program in {rates.init_s:.4g} s{packed}", markup=False, highlight=False)
+    if out is not None:
+        out.write_text(text)
+
+
+def _measured(rates: Rates, budget_bytes: int, trace: str) -> DeviceProfile:
+    """The profile that a trace tells; what it shows no end of is taken as very fast."""
+    floating = min(rates.compute_flops_per_s, _MOST_FLOPS_PER_S)
+    int8 = floating if rates.int8_flops_per_s is None else min(rates.int8_flops_per_s, _MOST_FLOPS_PER_S)
+    numbers = {
+        "load_rate": max(round(min(rates.load_bytes_per_s, _MOST_BYTES_PER_S)), 1),
+        "load_overhead_s": rates.load_overhead_s,
+        "fp32_flops_per_s": floating,
+        "fp16_flops_per_s": floating,
+        "int8_flops_per_s": int8,
+        "contention": rates.contention,
+        "load_contention": rates.load_contention,
+        "run_overhead_s": rates.run_overhead_s,
+    }
+    source = dict.fromkeys(numbers, f"movdc calibrate {trace}") | {
+        "usable_memory": "estimate: the budget that the bundle was compiled for; a trace does not tell",
+        "fp16_flops_per_s": "estimate: as fp32; a trace has one of the two",
+    }
+    if rates.int8_flops_per_s is None:
+        source["int8_flops_per_s"] = "estimate: as fp32; the trace has no products with int8 weights"
+    return DeviceProfile.model_validate({"usable_memory": budget_bytes, **numbers, "source": source})
+
+
+def profile_of(device: str) -> DeviceProfile:
+    """A profile of devices.toml by its name, or the one that a TOML file has."""
+    if not device.endswith(".toml"):
+        with as_file(files("movdc.targets") / "devices.toml") as path:
+            known = read_profiles(path)
+        if device not in known:
+            raise MovdcError(f"--device: unknown device {device!r}; there are {', '.join(known)}, or a .toml file")
+        return known[device]
+    try:
+        found = read_profiles(Path(device))
+    except OSError as error:
+        raise MovdcError(f"{device}: cannot be read ({error.strerror}); make one with `movdc calibrate -o`") from None
+    except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise MovdcError(f"{device}: is no device profile ({reason}); make one with `movdc calibrate -o`") from None
+    if len(found) != 1:
+        raise MovdcError(f"{device}: has {len(found)} profiles; keep one")
+    return next(iter(found.values()))
+
+
+def _bytes(text: str | None) -> int | None:
+    try:
+        return None if text is None else parse_bytes(text)
+    except ValueError as error:
+        raise MovdcError(f"--memory-budget: {error}") from None

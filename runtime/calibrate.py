@@ -1,0 +1,96 @@
+"""Calibration: the rates of a device from a trace that was measured on it, a host or a phone.
+
+A load takes a + b bytes seconds, and c of each second that something runs meanwhile; a run takes a + b FLOPs + d FLOPs
+with int8 weights, and c of each second that something loads. Least squares find these, none of them below 0. A first
+load also packs, checks and initialises: those parts are averaged, and left out with the first run of each partition,
+which touches new pages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from movdc.runtime.bundle import Partition
+from movdc.runtime.errors import RunError
+from movdc.runtime.rates import Rates
+from movdc.runtime.timeline import Event
+
+_MOST_SHARE = 0.95  # of a second that contention may cost
+
+
+def calibrate(events: Sequence[Event], partitions: Mapping[str, Partition]) -> Rates:
+    """Fit rates to events of a bundle's partitions; raises RunError where they are of another or too few."""
+    loads = [one for one in events if one.what == "load"]
+    runs = [one for one in events if one.what == "run"]
+    if unknown := sorted({one.partition for one in loads + runs} - set(partitions)):
+        raise RunError(f"the trace has {unknown[0]}, which this bundle has not; give the bundle that was traced")
+    if not loads or not runs:
+        raise RunError("the trace has no load or no run; trace a whole run with `movdc run --trace`")
+    reads = _repeated([one for one in events if one.what == "read"])
+    load = _fit(reads, [[partitions[one.partition].held_bytes for one in reads]], runs)
+    settled = _repeated(runs)
+    products = [partitions[one.partition] for one in settled]
+    int8_flops = [one.int8_flops for one in products]
+    run = _fit(settled, [[one.flops - one.int8_flops for one in products], int8_flops], loads)
+    packs = [one for one in events if one.what == "pack"]
+    packed_bytes = sum(partitions[one.partition].weight_bytes for one in packs)
+    checks = [one for one in events if one.what == "verify"]
+    inits = [one.duration_s for one in events if one.what == "init"]
+    return Rates(
+        load_bytes_per_s=_inverse(load[1]),
+        compute_flops_per_s=_inverse(run[1] or run[2]),
+        int8_flops_per_s=_inverse(run[2]) if any(int8_flops) else None,
+        load_overhead_s=load[0],
+        run_overhead_s=run[0],
+        contention=run[3] / (1 - run[3]),
+        load_contention=load[2] / (1 - load[2]),
+        pack_bytes_per_s=_rate(packed_bytes, packs),
+        verify_bytes_per_s=_rate(sum(one.bytes for one in checks), checks),
+        init_s=sum(inits) / len(inits) if inits else 0.0,
+    )
+
+
+def _repeated(events: Sequence[Event]) -> list[Event]:
+    """All but the first of each partition, where there are more."""
+    seen: set[str] = set()
+    later = []
+    for event in events:
+        if event.partition in seen:
+            later.append(event)
+        seen.add(event.partition)
+    return later if later else list(events)
+
+
+def _fit(events: Sequence[Event], sizes: Sequence[Sequence[int]], others: Sequence[Event]) -> list[float]:
+    """Seconds of an event: fixed, for each of its sizes, and the share of its overlap with the other lane it loses."""
+    starts = np.array([one.start_s for one in others])
+    ends = np.array([one.end_s for one in others])
+    seconds = np.array([one.duration_s for one in events])
+    overlaps = [
+        float(np.clip(np.minimum(ends, one.end_s) - np.maximum(starts, one.start_s), 0, None).sum()) for one in events
+    ]
+    columns = np.stack([np.ones(len(events)), *(np.array(one, float) for one in sizes), np.array(overlaps)], axis=1)
+    scale = np.maximum(columns.max(axis=0), 1e-30)
+    # An event's error counts by itself, not by how long it takes: small partitions would weigh nothing.
+    weights = 1 / np.maximum(seconds, seconds.mean() / 10 + 1e-9)
+    kept = [index for index in range(columns.shape[1]) if columns[:, index].any()]
+    while True:
+        solved, *_ = np.linalg.lstsq(columns[:, kept] / scale[kept] * weights[:, None], seconds * weights, rcond=None)
+        if (solved >= 0).all():
+            break
+        kept.remove(kept[int(solved.argmin())])
+    found = np.zeros(columns.shape[1])
+    found[kept] = solved / scale[kept]
+    return [*map(float, found[:-1]), min(float(found[-1]), _MOST_SHARE)]
+
+
+def _inverse(seconds: float) -> float:
+    return 1 / seconds if seconds > 0 else math.inf
+
+
+def _rate(size_bytes: int, events: Sequence[Event]) -> float:
+    seconds = sum(one.duration_s for one in events)
+    return size_bytes / seconds if seconds > 0 and size_bytes > 0 else math.inf
