@@ -15,6 +15,7 @@ from movdc.passes.attention_to_bmm import AttentionToBmm
 from movdc.passes.canonicalize import Canonicalize
 from movdc.passes.conv3d_to_conv2d import Conv3dToConv2d
 from movdc.passes.gelu_to_tanh import GeluToTanh
+from movdc.passes.group_norm_to_rows import GroupNormToRows
 from movdc.passes.leap import Leap
 from movdc.passes.merge_tokens import MergeTokens
 from movdc.passes.partition import Partition
@@ -25,7 +26,7 @@ from movdc.passes.split_to_slices import SplitToSlices
 # Every pass, in the order in which they run, in phases.
 PHASES: dict[str, tuple[type[Pass], ...]] = {
     "variants": (MergeTokens,),  # first: it aligns a stage with a second trace, so the stage must still be as traced
-    "operators": (Canonicalize, SplitToSlices, AttentionToBmm, GeluToTanh, Conv3dToConv2d),
+    "operators": (Canonicalize, SplitToSlices, AttentionToBmm, GeluToTanh, Conv3dToConv2d, GroupNormToRows),
     "weights": (QuantizeInt8,),  # before the partitions, which weigh the weights as they are stored
     "sampler": (Leap,),
     "partitions": (Partition, ShareTemplates),
