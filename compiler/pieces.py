@@ -35,13 +35,13 @@ class PieceWeight:
     def text(self) -> str:
         """What programs that share it must agree on: type and place, and the values where lowering may look at them."""
         value = value_of(self.node)
-        if self._is_read_by_lowering:
+        if self.is_read_by_lowering:
             return f"{print_type(value)} = {hashlib.sha256(self.ref.read().numpy().tobytes()).hexdigest()}"
         return print_type(value)
 
     def stand_in(self) -> torch.Tensor:
         """Data that no other weight of the piece has, so that it can be recognised in what the target made of it."""
-        if self._is_read_by_lowering:
+        if self.is_read_by_lowering:
             return self.ref.read()
         value = value_of(self.node)
         digest = hashlib.sha256(f"{self.name}: {print_type(value)}".encode()).digest()
@@ -51,10 +51,11 @@ class PieceWeight:
         return 0.5 + torch.rand(value.shape, generator=generator, dtype=value.dtype)  # positive: scales must be
 
     @property
-    def _is_read_by_lowering(self) -> bool:
-        """Indices and zero points decide how XNNPACK lowers what reads them."""
-        dtype = value_of(self.node).dtype
-        return dtype != torch.int8 and not dtype.is_floating_point
+    def is_read_by_lowering(self) -> bool:
+        """Indices and zero points decide how a target lowers what reads them, and single numbers are folded."""
+        value = value_of(self.node)
+        is_number = self.group == "tables" and value.numel() == 1
+        return is_number or (value.dtype != torch.int8 and not value.dtype.is_floating_point)
 
 
 @dataclass(frozen=True)

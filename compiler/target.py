@@ -54,8 +54,9 @@ class Slot:
             whole = torch.cat(list(parts))
             parts = iter([whole.T if self.layout == "transposed" else whole.permute(0, 2, 3, 1)])
         for part in parts:
-            is_raised = self.dtype == "u8" and part.dtype == torch.int8
-            yield (part.view(torch.uint8) ^ 128 if is_raised else part).contiguous()
+            if self.dtype == "u8" and part.dtype == torch.int8:
+                part = part.view(torch.uint8) ^ 128
+            yield (part.half() if self.dtype == "f16" else part).contiguous()
 
 
 @dataclass(frozen=True)
