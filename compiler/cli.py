@@ -1,4 +1,4 @@
-"""The command line: movdc compile, run, inspect, fit, simulate, calibrate, cache, passes, targets, devices."""
+"""The command line: compile, run, inspect, package, fit, simulate, calibrate, cache, passes, targets, devices."""
 
 from __future__ import annotations
 
@@ -216,6 +216,20 @@ def _says_how_to_go_on(kept: Journal) -> Iterator[None]:
 def inspect(bundle: OutFolder) -> None:
     """Show the partitions, the schedule and the predicted peak of a bundle."""
     print_manifest(console, bundle, Bundle.read(bundle).manifest)
+
+
+@app.command()
+def package(
+    bundle: OutFolder,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The folder to make: packages, and what says when each runs.")
+    ],
+) -> None:
+    """Make Core ML packages of a bundle, as an app loads them."""
+    from movdc.targets.mlpackage import write_packages
+
+    count = write_packages(Bundle.read(bundle), out)
+    console.print(f"{out}: {count} packages", highlight=False, soft_wrap=True)
 
 
 @app.command("cache")

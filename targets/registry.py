@@ -10,6 +10,8 @@ from movdc.compiler.target import Target
 
 # Name of each target, and where its class is: a line adds one, and it is imported when it is asked for.
 TARGETS: dict[str, str] = {
+    "coreml": "movdc.targets.coreml:Coreml",
+    "executorch-coreml": "movdc.targets.executorch_coreml:ExecutorchCoreml",
     "executorch-xnnpack": "movdc.targets.executorch_xnnpack:ExecutorchXnnpack",
     "onnx": "movdc.targets.onnx:Onnx",
     "null": "movdc.targets.null:Null",
