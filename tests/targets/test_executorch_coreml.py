@@ -1,0 +1,116 @@
+"""ExecuTorch with Core ML: what the delegate gets is a whole partition, with the weights of that partition."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from executorch.backends.apple.coreml import executorchcoreml
+from executorch.exir._serialize._program import deserialize_pte_binary
+from mil_interpreter import DTYPES, Package
+from torch import Tensor
+
+from movdc.compiler.pieces import Piece
+from movdc.compiler.target import Artifact
+from movdc.targets.executorch_coreml import ExecutorchCoreml
+
+TOLERANCE = 1e-4  # relative L2 error of fp32 against eager
+TARGET = ExecutorchCoreml()
+
+
+@pytest.fixture(scope="session")
+def pieces(pieces_of: Callable[..., dict[str, Piece]], example: Path) -> dict[str, Piece]:
+    return pieces_of(example, TARGET)
+
+
+@pytest.fixture(scope="session")
+def names(pieces: dict[str, Piece]) -> tuple[str, str]:
+    """Two partitions that share a program."""
+    texts = {name: piece.text() for name, piece in pieces.items() if name.startswith("denoiser")}
+    return next((one, two) for one in texts for two in texts if one < two and texts[one] == texts[two])
+
+
+@pytest.fixture(scope="session")
+def artifact(pieces: dict[str, Piece], names: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return TARGET.emit(pieces[names[0]], tmp_path_factory.mktemp("emitted"))
+
+
+@pytest.fixture(scope="session")
+def packages(
+    pieces: dict[str, Piece], names: tuple[str, str], artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Path]:
+    """The folder of what the delegate of each of the two gets."""
+    folders = {}
+    for name in names:
+        root = tmp_path_factory.mktemp(name)
+        refs = {weight.name: weight.ref for weight in pieces[name].weights}
+        written = TARGET.fill(artifact.program, artifact.slots, refs, root / "program.pte")
+        assert not written.constants
+        folders[name] = root / "delegate"
+        folders[name].mkdir()
+        (delegate,) = _delegates((root / "program.pte").read_bytes())
+        assert executorchcoreml.unflatten_directory_contents(delegate, str(folders[name]))
+    return folders
+
+
+def _delegates(program: bytes) -> list[bytes]:
+    """The data of each delegate of a .pte file."""
+    file = deserialize_pte_binary(program)
+    plan = file.program.execution_plan[0]
+    assert {delegate.id for delegate in plan.delegates} == {"CoreMLBackend"}
+    return [file.program.backend_delegate_data[one.processed.index].data for one in plan.delegates]
+
+
+def _package(folder: Path) -> Package:
+    (found,) = folder.rglob("model.mlpackage")
+    return Package(found)
+
+
+def test_whole_partition_is_delegated(artifact: Artifact) -> None:
+    assert artifact.fallback == {}
+    assert artifact.delegated_nodes > 50
+
+
+def test_delegate_computes_what_eager_does(
+    packages: dict[str, Path],
+    pieces: dict[str, Piece],
+    random_inputs: Callable[[Piece], list[Tensor]],
+    run_eagerly: Callable[..., list[Tensor]],
+) -> None:
+    results = []
+    for name, folder in packages.items():
+        piece, package = pieces[name], _package(folder)
+        inputs = random_inputs(piece)
+        (metadata,) = folder.rglob("metadata.json")
+        order = json.loads(metadata.read_text())["inputNames"]
+        for got, wanted in zip(
+            package.run(dict(zip(order, inputs, strict=True))), run_eagerly(piece, inputs), strict=True
+        ):
+            assert float((got - wanted).norm() / wanted.norm()) <= TOLERANCE, name
+        results.append(got)
+    assert float((results[0] - results[1]).norm() / results[0].norm()) > 100 * TOLERANCE, "they differ in weights"
+
+
+def test_each_partition_has_an_identifier_of_its_own(packages: dict[str, Path]) -> None:
+    identifiers = {
+        json.loads(path.read_text())["identifier"]
+        for folder in packages.values()
+        for path in folder.rglob("metadata.json")
+    }
+    assert len(identifiers) == 2, "Core ML's compiled models are kept by it"
+
+
+def test_same_weights_give_the_same_program(
+    pieces: dict[str, Piece], names: tuple[str, str], artifact: Artifact, tmp_path: Path
+) -> None:
+    refs = {weight.name: weight.ref for weight in pieces[names[0]].weights}
+    made = [TARGET.fill(artifact.program, artifact.slots, refs, tmp_path / name).sha256 for name in ("a", "b")]
+    assert made[0] == made[1]
+
+
+def test_package_is_what_ios_18_takes(packages: dict[str, Path]) -> None:
+    package = _package(next(iter(packages.values())))
+    for operation in package.operations("main"):
+        for output in operation.outputs:
+            assert output.type.tensorType.rank <= 5
+            assert output.type.tensorType.dataType in DTYPES or operation.type == "const"
