@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -40,6 +41,8 @@ class Coreml(Target):
 
     def refuse(self, node: fx.Node) -> str | None:
         """Why Core ML cannot run a node."""
+        if node.target is operator.getitem:
+            return None  # one of the scales and zero points of tokens, which are left out of the program
         value = node.meta.get("val")
         if node.target is torch.ops.aten.group_norm.default and value_of(node).dim() >= _MAX_RANK:
             return "its groups would have six dimensions, Core ML takes five; run the pass group-norm-to-rows before"

@@ -80,9 +80,9 @@ def exported_piece(piece: Piece, directory: Path) -> torch.export.ExportedProgra
     arguments = tuple(torch.zeros(value_of(node).shape, dtype=value_of(node).dtype) for node in piece.inputs)
     module = piece.module(directory)
     for node in module.graph.nodes:
-        if node.target in _REWRITES:
+        if rewrite := _REWRITES.get(str(node.target)):
             with module.graph.inserting_before(node):
-                _REWRITES[node.target](node)
+                rewrite(node)
     module.graph.eliminate_dead_code()
     module.recompile()
     exported = torch.export.export(module, arguments, strict=False)
@@ -117,12 +117,12 @@ def _norm_by_parts(node: fx.Node) -> None:
     node.replace_all_uses_with(normed if weight is None else call(aten.mul.Tensor, (normed, weight)))
 
 
-# What the converter does not know, or converts to other numbers.
-_REWRITES: dict[Any, Callable[[fx.Node], None]] = {
-    torch.ops.quantized_decomposed.dequantize_per_token.default: _read_unquantized,
-    aten.__and__.Tensor: _rename_and,
-    aten.rms_norm.default: _norm_by_parts,
-    aten.where.ScalarOther: _choose_by_products,
+# What the converter does not know, or converts to other numbers, by name: not every caller registers the first.
+_REWRITES: dict[str, Callable[[fx.Node], None]] = {
+    "quantized_decomposed.dequantize_per_token.default": _read_unquantized,
+    "aten.__and__.Tensor": _rename_and,
+    "aten.rms_norm.default": _norm_by_parts,
+    "aten.where.ScalarOther": _choose_by_products,
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
 import uuid
@@ -33,6 +34,8 @@ def write_packages(bundle: Bundle, out: Path) -> int:
         raise MovdcError(f"{bundle.root}: is for {target}; packages are made of bundles compiled with --target coreml")
     if out.exists():
         raise MovdcError(f"{out}: exists; choose another -o, or remove it")
+    for name in ("coremltools", "torch", "torchao"):  # what they lack is nothing that packages need
+        logging.getLogger(name).setLevel(logging.ERROR)
     groups = _groups(bundle)
     out.parent.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))

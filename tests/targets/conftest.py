@@ -17,6 +17,7 @@ from movdc.compiler.spec import load_spec
 from movdc.compiler.target import Target
 from movdc.models.opensora import OpenSora
 from movdc.passes.pipeline import default_pipeline
+from movdc.targets.coreml import Coreml
 
 
 @pytest.fixture(scope="session")
@@ -25,6 +26,7 @@ def merged_example(example: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     spec = yaml.safe_load(example.read_text())
     for model in ("text_encoder", "denoiser", "vae"):
         spec[model]["weights"] = str(example.parent / spec[model]["weights"])
+    spec["memory_budget"] = "10MB"  # so that partitions share programs
     spec["passes"] = {"merge-tokens": {}, "quantize-int8": {}}
     path = tmp_path_factory.mktemp("merged") / "merged.yaml"
     path.write_text(yaml.safe_dump(spec))
@@ -49,6 +51,12 @@ def pieces_of() -> Callable[..., dict[str, Piece]]:
         }
 
     return make
+
+
+@pytest.fixture(scope="session")
+def coreml_pieces(pieces_of: Callable[..., dict[str, Piece]], merged_example: Path) -> dict[str, Piece]:
+    """What both targets for Core ML lower."""
+    return pieces_of(merged_example, Coreml())
 
 
 @pytest.fixture(scope="session")

@@ -41,11 +41,6 @@ def packages(movdc: Movdc, coreml_bundle: Path, tmp_path_factory: pytest.TempPat
     return out
 
 
-@pytest.fixture(scope="session")
-def pieces(pieces_of: Callable[..., dict[str, Piece]], merged_example: Path) -> dict[str, Piece]:
-    return pieces_of(merged_example, Coreml())
-
-
 def _run(packages: Path, name: str, inputs: list[Tensor]) -> list[Tensor]:
     """Run a partition as an app does: from the table and the order of its tensors."""
     row = json.loads((packages / "packages.json").read_text())[name]
@@ -61,14 +56,14 @@ def _error(got: Tensor, wanted: Tensor) -> float:
 
 def test_every_partition_computes_what_eager_does(
     packages: Path,
-    pieces: dict[str, Piece],
+    coreml_pieces: dict[str, Piece],
     coreml_bundle: Path,
     random_inputs: Callable[[Piece], list[Tensor]],
     run_eagerly: Run,
 ) -> None:
-    assert list(pieces) == [one.name for one in Bundle.read(coreml_bundle).manifest.partitions]
-    assert sum("merged" in name for name in pieces) >= 3
-    for name, piece in pieces.items():
+    assert list(coreml_pieces) == [one.name for one in Bundle.read(coreml_bundle).manifest.partitions]
+    assert sum("merged" in name for name in coreml_pieces) >= 3
+    for name, piece in coreml_pieces.items():
         inputs = random_inputs(piece)
         for got, wanted in zip(_run(packages, name, inputs), run_eagerly(piece, inputs), strict=True):
             assert _error(got, wanted) <= TOLERANCE, name
@@ -76,14 +71,14 @@ def test_every_partition_computes_what_eager_does(
 
 def test_another_partitions_weights_are_noticed(
     packages: Path,
-    pieces: dict[str, Piece],
+    coreml_pieces: dict[str, Piece],
     random_inputs: Callable[[Piece], list[Tensor]],
     run_eagerly: Run,
 ) -> None:
     one, another = "denoiser.plain.1", "denoiser.plain.2"
-    assert pieces[one].text() == pieces[another].text(), "they share a program"
-    inputs = random_inputs(pieces[one])
-    (got,), (wanted,) = _run(packages, another, inputs), run_eagerly(pieces[one], inputs)
+    assert coreml_pieces[one].text() == coreml_pieces[another].text(), "they share a program"
+    inputs = random_inputs(coreml_pieces[one])
+    (got,), (wanted,) = _run(packages, another, inputs), run_eagerly(coreml_pieces[one], inputs)
     assert _error(got, wanted) > 100 * TOLERANCE
 
 
@@ -150,9 +145,9 @@ def test_int8_weights_are_stored_once_and_restored_by_the_program(packages: Path
 
 
 def test_half_precision_leaves_norms_and_chosen_weights_in_fp32(
-    pieces: dict[str, Piece], tmp_path: Path, random_inputs: Callable[[Piece], list[Tensor]], run_eagerly: Run
+    coreml_pieces: dict[str, Piece], tmp_path: Path, random_inputs: Callable[[Piece], list[Tensor]], run_eagerly: Run
 ) -> None:
-    piece = pieces["denoiser.plain.1"]
+    piece = coreml_pieces["denoiser.plain.1"]
     kept = next(weight for weight in piece.weights if weight.ref.key.endswith("mlp.fc2.weight"))
     target = Coreml(fp16=("denoiser",), fp32=(kept.ref.key,))
     artifact = target.emit(piece, tmp_path)

@@ -19,31 +19,31 @@ TARGET = ExecutorchCoreml()
 
 
 @pytest.fixture(scope="session")
-def pieces(pieces_of: Callable[..., dict[str, Piece]], example: Path) -> dict[str, Piece]:
-    return pieces_of(example, TARGET)
-
-
-@pytest.fixture(scope="session")
-def names(pieces: dict[str, Piece]) -> tuple[str, str]:
+def names(coreml_pieces: dict[str, Piece]) -> tuple[str, str]:
     """Two partitions that share a program."""
-    texts = {name: piece.text() for name, piece in pieces.items() if name.startswith("denoiser")}
+    texts = {name: piece.text() for name, piece in coreml_pieces.items() if name.startswith("denoiser")}
     return next((one, two) for one in texts for two in texts if one < two and texts[one] == texts[two])
 
 
 @pytest.fixture(scope="session")
-def artifact(pieces: dict[str, Piece], names: tuple[str, str], tmp_path_factory: pytest.TempPathFactory) -> Artifact:
-    return TARGET.emit(pieces[names[0]], tmp_path_factory.mktemp("emitted"))
+def artifact(
+    coreml_pieces: dict[str, Piece], names: tuple[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Artifact:
+    return TARGET.emit(coreml_pieces[names[0]], tmp_path_factory.mktemp("emitted"))
 
 
 @pytest.fixture(scope="session")
 def packages(
-    pieces: dict[str, Piece], names: tuple[str, str], artifact: Artifact, tmp_path_factory: pytest.TempPathFactory
+    coreml_pieces: dict[str, Piece],
+    names: tuple[str, str],
+    artifact: Artifact,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, Path]:
     """The folder of what the delegate of each of the two gets."""
     folders = {}
     for name in names:
         root = tmp_path_factory.mktemp(name)
-        refs = {weight.name: weight.ref for weight in pieces[name].weights}
+        refs = {weight.name: weight.ref for weight in coreml_pieces[name].weights}
         written = TARGET.fill(artifact.program, artifact.slots, refs, root / "program.pte")
         assert not written.constants
         folders[name] = root / "delegate"
@@ -73,13 +73,13 @@ def test_whole_partition_is_delegated(artifact: Artifact) -> None:
 
 def test_delegate_computes_what_eager_does(
     packages: dict[str, Path],
-    pieces: dict[str, Piece],
+    coreml_pieces: dict[str, Piece],
     random_inputs: Callable[[Piece], list[Tensor]],
     run_eagerly: Callable[..., list[Tensor]],
 ) -> None:
     results = []
     for name, folder in packages.items():
-        piece, package = pieces[name], _package(folder)
+        piece, package = coreml_pieces[name], _package(folder)
         inputs = random_inputs(piece)
         (metadata,) = folder.rglob("metadata.json")
         order = json.loads(metadata.read_text())["inputNames"]
@@ -101,9 +101,9 @@ def test_each_partition_has_an_identifier_of_its_own(packages: dict[str, Path]) 
 
 
 def test_same_weights_give_the_same_program(
-    pieces: dict[str, Piece], names: tuple[str, str], artifact: Artifact, tmp_path: Path
+    coreml_pieces: dict[str, Piece], names: tuple[str, str], artifact: Artifact, tmp_path: Path
 ) -> None:
-    refs = {weight.name: weight.ref for weight in pieces[names[0]].weights}
+    refs = {weight.name: weight.ref for weight in coreml_pieces[names[0]].weights}
     made = [TARGET.fill(artifact.program, artifact.slots, refs, tmp_path / name).sha256 for name in ("a", "b")]
     assert made[0] == made[1]
 
