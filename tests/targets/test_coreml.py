@@ -20,6 +20,7 @@ from movdc.targets.mil import GROUPS
 
 Movdc = Callable[..., Any]
 Run = Callable[..., list[Tensor]]
+pytestmark = pytest.mark.slow  # a conversion takes seconds
 TOLERANCE = 1e-4  # relative L2 error of fp32 against eager
 
 

@@ -14,6 +14,7 @@ from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact
 from movdc.targets.executorch_coreml import ExecutorchCoreml
 
+pytestmark = pytest.mark.slow  # a conversion takes seconds
 TOLERANCE = 1e-4  # relative L2 error of fp32 against eager
 TARGET = ExecutorchCoreml()
 
