@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import logging
 import os
 import sys
-import tempfile
 import time
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -23,16 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from movdc.compiler import plan_cli
+from movdc.compiler import list_cli, plan_cli
 from movdc.compiler.errors import MovdcError, RefusedError
-from movdc.compiler.tables import (
-    print_devices,
-    print_manifest,
-    print_refusals,
-    print_reports,
-    print_sources,
-    print_trajectory,
-)
+from movdc.compiler.list_cli import silence_libraries
+from movdc.compiler.tables import print_manifest, print_refusals, print_reports, print_trajectory
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.errors import RunError
@@ -41,7 +31,14 @@ if TYPE_CHECKING:
     from movdc.runtime.journal import Journal
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-for command in (plan_cli.fit, plan_cli.simulate, plan_cli.calibrate):
+for command in (
+    plan_cli.fit,
+    plan_cli.simulate,
+    plan_cli.calibrate,
+    list_cli.passes,
+    list_cli.targets,
+    list_cli.devices,
+):
     app.command()(command)
 console = Console()
 UsageError: Any = typer.BadParameter.__base__  # typer exports no name for it
@@ -85,12 +82,14 @@ def compile_(
 ) -> None:
     """Compile a pipeline into a bundle."""
     start = time.perf_counter()
-    _silence_libraries()
+    silence_libraries()
     from movdc.compiler.spec import load_spec
 
     spec_file = load_spec(spec)  # before the slow imports, so that a slip of the pen is told at once
     budget_bytes = _bytes("--memory-budget", memory_budget) or spec_file.spec.memory_budget
-    profile = _one_of(spec_file, "device", device, _devices())
+    from movdc.compiler.device import known_profiles
+
+    profile = _one_of(spec_file, "device", device, known_profiles())
     from movdc.compiler.compile import compile_bundle
     from movdc.passes.pipeline import default_pipeline, in_phases, parse_pipeline
     from movdc.targets.registry import parse_target
@@ -258,93 +257,14 @@ def cache_(
     console.print(f"{root}: {len(found)} entries, {format_bytes(total_bytes)}", highlight=False, soft_wrap=True)
 
 
-def _silence_libraries() -> None:
-    """Their warnings are about their own future, and would be all over the progress bars."""
-    os.environ.setdefault("PYTHONWARNINGS", "ignore")
-    warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)
-
-
 def _compile_cache() -> Path:
     return user_cache_path("movdc") / "compile"
-
-
-@app.command("passes")
-def passes_() -> None:
-    """List the passes in the order in which they run: options with their defaults, exactness, paper."""
-    from movdc.compiler.configured import print_options
-    from movdc.passes.pipeline import DEFAULT, PASSES
-    from movdc.targets.registry import TARGETS, target_class
-
-    rewrites = {name: [one for one in TARGETS if name in target_class(one).rewrites] for name in PASSES}
-    for name, one in PASSES.items():
-        when = (
-            "" if one in DEFAULT else f" (for {', '.join(rewrites[name])})" if rewrites[name] else " (when asked for)"
-        )
-        lines = [
-            f"[bold]{name}[/bold]{when}: {(one.__doc__ or '').splitlines()[0]}",
-            f"    options: {print_options(one)}" if one.options() else "",
-            "    exact" if one.exact else f"    not exact: {one.figure}",
-            f"    {one.paper}" if one.paper else "",
-        ]
-        console.print("\n".join(filter(None, lines)), highlight=False, soft_wrap=True)
-
-
-@app.command()
-def targets() -> None:
-    """List the targets: what a spec may ask of them, the passes that they run, their options with the defaults."""
-    from movdc.compiler.configured import print_options
-    from movdc.targets.registry import TARGETS, target_class
-
-    for name in TARGETS:
-        one = target_class(name)
-        lines = [
-            f"[bold]{name}[/bold]: {(one.__doc__ or '').splitlines()[0]}",
-            f"    {one.abilities}",
-            f"    rewrites: {', '.join(one.rewrites)}" if one.rewrites else "",
-            f"    options: {print_options(one)}" if one.options() else "",
-            f"    needs: {', '.join(one.packages)}" if one.packages else "",
-        ]
-        console.print("\n".join(filter(None, lines)), highlight=False, soft_wrap=True)
-
-
-@app.command()
-def devices(
-    name: Annotated[str | None, typer.Argument(help="One of them, to see where its numbers come from.")] = None,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="Measure this machine; print an entry for targets/devices.toml.")
-    ] = False,
-) -> None:
-    """List the device profiles, say where the numbers of one come from, or measure this machine."""
-    if measure:
-        _silence_libraries()
-        from movdc.compiler.device import print_profile
-        from movdc.targets.measure_host import measure_host
-
-        with tempfile.TemporaryDirectory(prefix="movdc-") as folder:
-            profile = measure_host(Path(folder))
-        console.print(print_profile(name or "host", profile), markup=False, highlight=False, soft_wrap=True)
-        return
-    profiles = _devices()
-    if name is None:
-        print_devices(console, profiles)
-    elif name in profiles:
-        print_sources(console, profiles[name])
-    else:
-        raise MovdcError(f"unknown device {name!r}; there are {', '.join(profiles)}")
 
 
 def _families() -> dict[str, Any]:
     from movdc.models.opensora import OpenSora
 
     return {OpenSora.name: OpenSora}
-
-
-def _devices() -> dict[str, Any]:
-    from movdc.compiler.device import read_profiles
-
-    with as_file(files("movdc.targets") / "devices.toml") as path:
-        return dict(read_profiles(path))
 
 
 def _one_of(spec_file: Any, key: str, option: str | None, choices: dict[str, Any]) -> Any:

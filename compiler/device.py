@@ -6,6 +6,7 @@ import json
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
@@ -53,6 +54,12 @@ class DeviceProfile(BaseModel):
 def read_profiles(path: Path) -> dict[str, DeviceProfile]:
     """The profiles of a devices.toml by name."""
     return {name: DeviceProfile.model_validate(entry) for name, entry in tomllib.loads(path.read_text()).items()}
+
+
+def known_profiles() -> dict[str, DeviceProfile]:
+    """Those of targets/devices.toml."""
+    with as_file(files("movdc.targets") / "devices.toml") as path:
+        return read_profiles(path)
 
 
 def print_profile(name: str, profile: DeviceProfile) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import tomllib
-from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +11,7 @@ import typer
 from pydantic import ValidationError
 from rich.console import Console
 
-from movdc.compiler.device import DeviceProfile, print_profile, read_profiles
+from movdc.compiler.device import DeviceProfile, known_profiles, print_profile, read_profiles
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.tables import print_fit, print_offers, print_reports
 from movdc.compiler.units import format_bytes, parse_bytes
@@ -138,8 +137,7 @@ def _measured(rates: Rates, budget_bytes: int, trace: str) -> DeviceProfile:
 def profile_of(device: str) -> DeviceProfile:
     """A profile of devices.toml by its name, or the one that a TOML file has."""
     if not device.endswith(".toml"):
-        with as_file(files("movdc.targets") / "devices.toml") as path:
-            known = read_profiles(path)
+        known = known_profiles()
         if device not in known:
             raise MovdcError(f"--device: unknown device {device!r}; there are {', '.join(known)}, or a .toml file")
         return known[device]
