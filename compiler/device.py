@@ -76,7 +76,7 @@ def _print_bytes(size_bytes: float) -> str:
         if size_bytes < 1000:
             return f"{size_bytes:.4g}{unit}"
         size_bytes /= 1000
-    return f"{size_bytes:.4g}GB"
+    return f"{size_bytes:.4g}GB" if size_bytes < 1000 else f"{size_bytes:.0f}GB"
 
 
 def _toml(value: object) -> str:
