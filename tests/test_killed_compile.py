@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from movdc.compiler.cache import Entry, entries
-from movdc.runtime.bundle import MANIFEST, Bundle
+from movdc.runtime.bundle import MANIFEST, REPORT, Bundle
 from movdc.runtime.executor import Executor
 
 Movdc = Callable[..., CompletedProcess[str]]
@@ -137,7 +137,9 @@ def test_an_option_redoes_what_depends_on_it(movdc: Movdc, shallow: Path, tmp_pa
     assert {entry.key for entry in entries(cache)} == made
     ours, theirs = (json.loads((bundle / MANIFEST).read_text()) for bundle in (fewer, first))
     assert ours["sampler"]["units"] == [12]
-    assert {key for key in ours if ours[key] != theirs[key]} == {"sampler", "spec"}
+    assert {key for key in ours if ours[key] != theirs[key]} == {"sampler", "spec", "files"}
+    changed = [one["path"] for one, other in zip(ours["files"], theirs["files"], strict=True) if one != other]
+    assert changed == [REPORT], "which says how long so many steps take"
 
     compiled("leap", passes={"leap": {"step": 20}})
     leapt, said = compiled("sooner", passes={"leap": {"step": 10}})
