@@ -237,7 +237,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(JSON, st.booleans(), st.integers(0, 200), st.binary(max_size=2), st.integers(0, 3))
 @example("\U0001d11e", True, 200, b"", 0)
 def test_just_what_python_reads_is_read(
