@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from movdc.compiler import list_cli, plan_cli
 from movdc.compiler.errors import MovdcError, RefusedError
+from movdc.compiler.folders import write_output
 from movdc.compiler.list_cli import silence_libraries
 from movdc.compiler.tables import print_manifest, print_refusals, print_reports, print_trajectory
 from movdc.compiler.units import format_bytes, parse_bytes
@@ -190,7 +191,7 @@ def run(
         write_mp4(out, result.frames, fps)
         write_contact_sheet(out.with_suffix(".png"), result.frames, fps, prompt)
         if trace is not None:
-            trace.write_text(executor.trace())
+            write_output(trace, executor.trace())
     if result.dropped_tokens:
         limit = read.manifest.prompt.max_tokens
         console.print(f"the prompt is {result.dropped_tokens} tokens over {limit}: its end is left out", style="yellow")

@@ -1,13 +1,16 @@
-"""What folders that several processes write need: locks that go with the process, and contents that reach the disk."""
+"""Writing files and folders: locks that go with the process, contents that reach the disk, outputs that options name."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from movdc.compiler.errors import MovdcError
 
 _FICLONE = 0x40049409  # Linux: a copy that shares its blocks until one of the two is changed
 
@@ -35,6 +38,17 @@ def sync(path: Path) -> None:
     """Bring a file's or a folder's content to the disk."""
     with directory(path) as descriptor:
         os.fsync(descriptor)
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file that an option names, its folder included; raises MovdcError where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise MovdcError(f"{path}: cannot be written ({error.strerror}); give the path of a file") from None
 
 
 def place(source: Path, destination: Path) -> None:

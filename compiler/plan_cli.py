@@ -13,6 +13,7 @@ from rich.console import Console
 
 from movdc.compiler.device import DeviceProfile, known_profiles, print_profile, read_profiles
 from movdc.compiler.errors import MovdcError
+from movdc.compiler.folders import write_output
 from movdc.compiler.tables import print_fit, print_offers, print_reports
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
@@ -87,11 +88,11 @@ def simulate(
         f"{format_bytes(budget_bytes)}"
     )
     if trace is not None:
-        trace.write_text(to_chrome(events))
+        write_output(trace, to_chrome(events))
     if report is not None:
         from movdc.compiler.report import render
 
-        report.write_text(render(manifest, rates, budget_bytes, events_of))
+        write_output(report, render(manifest, rates, budget_bytes, events_of))
 
 
 def calibrate(
@@ -108,7 +109,7 @@ def calibrate(
     packed = "" if math.isinf(rates.pack_bytes_per_s) else f"; packs {format_bytes(rates.pack_bytes_per_s)}/s, once"
     console.print(f"# initialises a program in {rates.init_s:.4g} s{packed}", markup=False, highlight=False)
     if out is not None:
-        out.write_text(text)
+        write_output(out, text)
 
 
 def _measured(rates: Rates, budget_bytes: int, trace: str) -> DeviceProfile:
