@@ -13,7 +13,7 @@ from pathlib import Path
 
 from movdc.compiler.cache import Entry
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.folders import directory, lock, place, sync
+from movdc.compiler.folders import directory, lock, make_parent, place, sync
 from movdc.runtime.bundle import MANIFEST, SEAL, Constant, File, Manifest, WeightsFile, seal_of
 
 
@@ -79,7 +79,7 @@ def new_bundle(out: Path) -> Iterator[BundleWriter]:
     """
     if out.exists() and not (out / MANIFEST).is_file():
         raise MovdcError(f"{out}: exists and is no bundle; choose another -o, or remove it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     for left in out.parent.glob(f".{out.name}.partial-*"):  # of a compile that was killed
         if left.suffix == ".old" and not out.exists():  # between its two renames
             os.rename(left, out)

@@ -1,4 +1,4 @@
-"""Writing files and folders: locks that go with the process, contents that reach the disk, outputs that options name."""
+"""Files and folders: locks that go with the process, contents that reach the disk, outputs that options name."""
 
 from __future__ import annotations
 
@@ -40,10 +40,18 @@ def sync(path: Path) -> None:
         os.fsync(descriptor)
 
 
-def write_output(path: Path, text: str) -> None:
-    """Write a file that an option names, its folder included; raises MovdcError where that cannot be."""
+def make_parent(path: Path) -> None:
+    """Make the folder that an output goes into; raises MovdcError where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MovdcError(f"{path}: its folder cannot be made ({error.strerror}); choose another path") from None
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write a file that an option names, its folder included; raises MovdcError where that cannot be."""
+    make_parent(path)
+    try:
         path.write_text(text)
     except OSError as error:
         if error.errno == errno.ENOSPC:

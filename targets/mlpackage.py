@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from movdc.compiler.errors import MovdcError
+from movdc.compiler.folders import make_parent
 from movdc.compiler.hashed_file import HashedFile
 from movdc.runtime.bundle import MANIFEST, Bundle, Partition
 from movdc.targets.mil import BLOB_FOLDER, values_of
@@ -37,7 +38,7 @@ def write_packages(bundle: Bundle, out: Path) -> int:
     for name in ("coremltools", "torch", "torchao"):  # what they lack is nothing that packages need
         logging.getLogger(name).setLevel(logging.ERROR)
     groups = _groups(bundle)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(out)
     root = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         table = {}

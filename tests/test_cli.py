@@ -212,6 +212,7 @@ def test_a_file_in_the_place_of_a_cache_is_refused(
     file.write_bytes(b"mine")
     for command in (
         ["compile", example, "-o", out, "--cache", file],
+        ["compile", example, "-o", file / "out"],
         ["cache", "--cache", file],
         ["run", bundle, "--prompt", "a red circle", "-o", tmp_path / "clip.mp4", "--packed-cache", file],
     ):

@@ -59,7 +59,8 @@ def test_wrong_input_is_one_sentence(
     assert "cannot be read" in refused(movdc("simulate", bundle, "--device", tmp_path / "none.toml"))
     assert "--mode: unknown 'fast'" in refused(movdc("simulate", bundle, "--mode", "fast"))
     assert "bytes at least" in refused(movdc("simulate", bundle, "--memory-budget", "1MB"))
-    assert "cannot be written" in refused(movdc("simulate", bundle, "--report", other / "page.html"))
+    assert "cannot be written" in refused(movdc("simulate", bundle, "--report", tmp_path))
+    assert "folder cannot be made" in refused(movdc("simulate", bundle, "--report", other / "page.html"))
     other.with_suffix(".toml").write_text("[a]\nload_rate = 'many'\n")
     assert "is no device profile" in refused(movdc("simulate", bundle, "--device", other.with_suffix(".toml")))
     assert {path.name for path in tmp_path.iterdir()} == {"other.json", "other.toml"}
