@@ -166,7 +166,7 @@ def growth(blocks: Sequence[int], limit_bytes: int, console: Console) -> None:
             encoder = {"weights": "random:0", "tokenizer": str(source), "config": config | {"num_layers": count}}
             settings["text_encoder"] = {"max_tokens": 24} | encoder
             path = Path(name) / "spec.yaml"
-            path.write_text(yaml.safe_dump(settings | {"memory_budget": "16MB"}))
+            path.write_text(yaml.safe_dump(settings | {"memory_budget": "24MB"}))
             one = compile_in([str(path), "-o", f"{name}/bundle", "--no-cache"], limit_bytes)
             size_bytes = sum(file.size_bytes for file in Bundle.read(Path(name) / "bundle").manifest.files)
             row = (f"{one.wall_s:.1f}", *(str(one.phase_s[phase]) for phase in PHASES), str(one.templates))
