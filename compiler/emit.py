@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import gc
 import multiprocessing
 import signal
 import sys
@@ -17,12 +18,13 @@ from pathlib import Path
 import torch
 
 from movdc.compiler.errors import InternalError, MovdcError
+from movdc.compiler.heap import give_back_memory
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact, Target
 
 # Of weights and of values that are lowered at the same time, where more than one template is. An SDK holds copies of
 # weights, and measuring runs the program: lowering takes half a gigabyte and twice the two.
-TOGETHER_BYTES = 600_000_000
+TOGETHER_BYTES = 450_000_000
 _PR_SET_PDEATHSIG = 1
 
 
@@ -43,6 +45,8 @@ def emit_all(
     here = order if jobs == 1 or sys.platform != "linux" else order[:1]
     for template in here:
         done(template, _emit(templates[template], target, folder))
+    give_back_memory()
+    gc.freeze()  # a child's collections would write to, and so copy, each object that is there before the fork
     waiting = order[len(here) :]
     sizes = {name: piece.weight_bytes + piece.working_bytes for name, piece in templates.items()}
     running: dict[Connection, tuple[str, BaseProcess]] = {}
@@ -61,6 +65,7 @@ def emit_all(
                 template, process = running.pop(ready)
                 done(template, _result(template, ready, process))
     finally:
+        gc.unfreeze()
         for _, process in running.values():
             process.kill()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import logging
 import mmap
 import warnings
@@ -16,6 +15,7 @@ from torch import fx
 
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.hashed_file import HashedFile
+from movdc.compiler.heap import give_back_memory
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target, Written
@@ -54,46 +54,51 @@ class ExecutorchXnnpack(Target):
 
     def emit(self, piece: Piece, directory: Path) -> Artifact:
         """Lower through to_edge_transform_and_lower with every weight outside the program."""
-        logging.getLogger("torch").setLevel(logging.ERROR)
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
-        from executorch.exir.passes import MemoryPlanningPass
-
-        arguments = tuple(torch.zeros(value_of(node).shape, dtype=value_of(node).dtype) for node in piece.inputs)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            exported = torch.export.export(piece.module(directory), arguments, strict=False)
-            for node in exported.graph.find_nodes(op="placeholder"):
-                if node.name not in exported.graph_signature.user_inputs:
-                    node.meta.setdefault("custom", {})["delegate_constant_tag"] = _TAG
-            edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
-            delegated_nodes, fallback = delegation(edge.exported_program().graph_module)
-            program = edge.to_executorch(
-                ExecutorchBackendConfig(
-                    external_constants=lambda _: _TAG,
-                    # Inputs and outputs are the engine's buffers, so that none is copied between partitions.
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False),
-                )
-            )
         path = directory / "program.pte"
-        with HashedFile(path) as written:
-            written.write(program.buffer)
-        program.write_tensor_data_to_file(str(directory))
-        del exported, edge, program
-        gc.collect()  # what was exported is a knot of references, and holds copies of all the stand-ins
+        sha256, delegated_nodes, fallback = _lower(piece, path)
+        give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
         inputs, outputs = ([piece.tensor(node) for node in nodes] for nodes in (piece.inputs, piece.outputs))
         stand_ins = directory / f"{_TAG}.ptd"
         if not stand_ins.exists():
             memory = measure(path, None, (), inputs, outputs)
-            return Artifact(path, written.sha256, (), memory, delegated_nodes, fallback)
+            return Artifact(path, sha256, (), memory, delegated_nodes, fallback)
         with stand_ins.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             data = memoryview(mapped)
             slots, constants = recognise(piece, data), constants_of(data)
             data.release()
         memory = measure(path, stand_ins, constants, inputs, outputs)
         stand_ins.unlink()
-        return Artifact(path, written.sha256, slots, memory, delegated_nodes, fallback)
+        return Artifact(path, sha256, slots, memory, delegated_nodes, fallback)
 
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write a .ptd file."""
         return write_ptd(slots, refs, path)
+
+
+def _lower(piece: Piece, path: Path) -> tuple[str, int, Mapping[str, int]]:
+    """Write a program, and its stand-ins beside it; gives its SHA-256, its delegated nodes and its fallback nodes."""
+    logging.getLogger("torch").setLevel(logging.ERROR)
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
+    from executorch.exir.passes import MemoryPlanningPass
+
+    arguments = tuple(torch.zeros(value_of(node).shape, dtype=value_of(node).dtype) for node in piece.inputs)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exported = torch.export.export(piece.module(path.parent), arguments, strict=False)
+        for node in exported.graph.find_nodes(op="placeholder"):
+            if node.name not in exported.graph_signature.user_inputs:
+                node.meta.setdefault("custom", {})["delegate_constant_tag"] = _TAG
+        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()])
+        delegated_nodes, fallback = delegation(edge.exported_program().graph_module)
+        program = edge.to_executorch(
+            ExecutorchBackendConfig(
+                external_constants=lambda _: _TAG,
+                # Inputs and outputs are the engine's buffers, so that none is copied between partitions.
+                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False),
+            )
+        )
+    with HashedFile(path) as written:
+        written.write(program.buffer)
+    program.write_tensor_data_to_file(str(path.parent))
+    return written.sha256, delegated_nodes, fallback

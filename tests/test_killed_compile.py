@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from movdc.runtime.executor import Executor
 
 Movdc = Callable[..., CompletedProcess[str]]
 POLL_S = 0.01
+KILLS = 4
 pytestmark = pytest.mark.slow
 
 
@@ -100,15 +102,19 @@ def test_a_kill_near_the_end_leaves_the_old_bundle_or_the_new_one(movdc: Movdc, 
 
 
 def test_kills_at_random_moments_end_in_the_same_bytes(movdc: Movdc, shallow: Path, tmp_path: Path) -> None:
-    out, cache = tmp_path / "shallow", tmp_path / "cache"
-    moments = random.Random(7)
-    for _ in range(4):
-        stop_s = time.monotonic() + moments.uniform(5, 40)
-        if _compile_and_kill(shallow, out, cache, lambda stop_s=stop_s: time.monotonic() > stop_s) == 0:
-            break
-    assert movdc("compile", shallow, "-o", out, "--cache", cache).returncode == 0
-    twin = tmp_path / "twin"
+    twin, out, cache = (tmp_path / name for name in ("twin", "shallow", "cache"))
+    start_s = time.monotonic()
     assert movdc("compile", shallow, "-o", twin, "--no-cache").returncode == 0
+    whole_s = time.monotonic() - start_s
+
+    moments = random.Random(7)
+    for _ in range(KILLS):
+        stop_s = time.monotonic() + moments.uniform(0, whole_s)
+        if _compile_and_kill(shallow, out, cache, lambda stop_s=stop_s: time.monotonic() > stop_s) == 0:
+            assert _files(out) == _files(twin)  # it was done before its moment: the next begins anew
+            shutil.rmtree(out)
+            shutil.rmtree(cache)
+    assert movdc("compile", shallow, "-o", out, "--cache", cache).returncode == 0
     assert _files(out) == _files(twin)
 
 
