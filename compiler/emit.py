@@ -24,7 +24,7 @@ from movdc.compiler.target import Artifact, Target
 
 # Of weights and of values that are lowered at the same time, where more than one template is. An SDK holds copies of
 # weights, and measuring runs the program: lowering takes half a gigabyte and twice the two.
-TOGETHER_BYTES = 450_000_000
+TOGETHER_BYTES = 900_000_000
 _PR_SET_PDEATHSIG = 1
 
 
