@@ -1,17 +1,20 @@
-"""The simulator beside the engine: seconds a step and peak memory of a bundle's denoiser, over modes and budgets.
+"""The simulator beside the engine: seconds a step and peak memory of a denoiser, over budgets and what loads take.
 
-    python benchmarks/simulator.py out/tiny
-    python benchmarks/simulator.py build/streaming/SIZES/bundle     # of benchmarks/streaming.py
+    python benchmarks/simulator.py                      # loads of 0.3, 1 and 3 times the runs: 8 minutes, 4 to compile
+    python benchmarks/simulator.py --ratio 1            # one of them
+    python benchmarks/simulator.py --bundle out/tiny    # another bundle
 
 Rates are fitted to two runs of the engine (`movdc calibrate`): all of it loaded one after the other, and one that loads
 beside what runs. Then the engine and the simulator run every budget, in turns; what is shown are medians of settled
-steps. Weights are packed before, and the page cache is as the runs leave it.
+steps. Weights are packed before, and the page cache is as the runs leave it. Bundles are kept in build/streaming.
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,16 +23,21 @@ import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
+from streaming_case import Case
 
 from movdc.runtime.bundle import NUMPY_DTYPES, Bundle, Partition
 from movdc.runtime.calibrate import calibrate
 from movdc.runtime.executor import Executor
 from movdc.runtime.rates import Rates
 from movdc.runtime.simulate import Call, Mode, Simulator
-from movdc.runtime.timeline import Event, read_trace
+from movdc.runtime.timeline import Event, joined, read_trace
 
 STAGE, VARIANT = "denoiser", "plain"
-SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the way from the least level to all of it loaded
+SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the weights
+CLOSE_S, CLOSE_BYTES = 0.1, 0.05  # what the simulator is held to
+# Frames and side of the video for which loads from the page cache take about so many times the runs.
+VIDEOS = {"0.3": (34, 64), "1": (17, 48), "3": (1, 48)}
+HIDDEN, DEPTH, COMPILE_SHARE = 512, 8, 0.12
 
 
 class Arms:
@@ -48,7 +56,21 @@ class Arms:
         }
         self._inputs["text_mask"] = np.ones_like(self._inputs["text_mask"])
         self.measure("dynamic", self.variant.residency[-1].needs_bytes + 10**8)  # packs
-        self.rates = self._calibrated()
+        alone, _, _ = self.measure("sequential", self.most_bytes)
+        beside, _, _ = self.measure("concurrent", self.most_bytes)
+        self.rates = calibrate(joined([alone, beside]), bundle.partitions)
+        seconds = {what: sum(one.duration_s for one in alone if one.what == what) for what in ("load", "run")}
+        self.ratio = seconds["load"] / seconds["run"]
+
+    @property
+    def weights_bytes(self) -> int:
+        """Of all partitions, as they are held."""
+        return sum(one.held_bytes for one in self.named.values())
+
+    @property
+    def most_bytes(self) -> int:
+        """The budget in which everything stays loaded."""
+        return self.variant.residency[-1].needs_bytes
 
     def measure(self, mode: Mode, budget_bytes: int) -> tuple[list[Event], float, int]:
         """The engine's events, seconds of a settled step, and peak."""
@@ -76,54 +98,96 @@ class Arms:
         seconds = [after - before for before, after in pairwise(ends_s[1:-1])]
         return simulator.events, statistics.median(seconds), peak_bytes
 
-    def _calibrated(self) -> Rates:
-        least = self.variant.residency[0].needs_bytes
-        concurrent = [row.needs_bytes for row in self.variant.residency if not row.pinned][-1]
-        alone, _, _ = self.measure("sequential", max(least, self.variant.first_needs_bytes))
-        beside, _, _ = self.measure("concurrent", concurrent + 10**8)
-        after_s = max(event.end_s for event in alone) + 1
-        shifted = [
-            Event(one.what, one.partition, one.start_s + after_s, one.duration_s, one.bytes, one.held_bytes)
-            for one in beside
-        ]
-        return calibrate([*alone, *shifted], self.bundle.partitions)
+
+@dataclass(frozen=True)
+class Compared:
+    """A mode at a budget: seconds of a settled step and peak bytes of the engine and of the simulator."""
+
+    mode: Mode
+    budget_bytes: int
+    engine: tuple[float, int]
+    simulated: tuple[float, int]
+
+    @property
+    def off(self) -> tuple[float, float]:
+        """How far the simulator is off, of the engine's figures."""
+        seconds, peak_bytes = (mine / its - 1 for mine, its in zip(self.simulated, self.engine, strict=True))
+        return seconds, peak_bytes
+
+    @property
+    def is_close(self) -> bool:
+        """Whether that is within what it is held to."""
+        seconds, peak_bytes = self.off
+        return abs(seconds) <= CLOSE_S and abs(peak_bytes) <= CLOSE_BYTES
+
+
+def compare(arms: Arms, rounds: int) -> list[Compared]:
+    """The modes without a choice of what stays, and each budget; the engine in turns over all of them."""
+    least_bytes = arms.variant.first_needs_bytes  # a first run must fit, too
+    ways: list[tuple[Mode, int]] = [("sequential", arms.most_bytes), ("concurrent", arms.most_bytes)]
+    ways += [("dynamic", max(round(share * arms.weights_bytes), least_bytes)) for share in SHARES]
+    measured: dict[tuple[Mode, int], list[tuple[float, int]]] = {way: [] for way in ways}
+    for _ in range(rounds):
+        for way, found in measured.items():
+            found.append(arms.measure(*way)[1:])
+    return [
+        Compared(*way, (statistics.median(s for s, _ in found), max(b for _, b in found)), arms.simulate(*way)[1:])
+        for way, found in measured.items()
+    ]
+
+
+def print_table(console: Console, title: str, arms: Arms, found: list[Compared]) -> None:
+    """One row for each mode and budget."""
+    table = Table(title=f"{title}: a settled step of the denoiser, loads / runs = {arms.ratio:.2f}")
+    for column in ("mode", "budget", "of weights", "engine", "simulated", "", "engine peak", "simulated peak", "", ""):
+        table.add_column(column, justify="left" if column == "mode" else "right")
+    for one in found:
+        (engine_s, engine_bytes), (simulated_s, simulated_bytes) = one.engine, one.simulated
+        off_s, off_bytes = one.off
+        table.add_row(
+            one.mode,
+            f"{one.budget_bytes / 1e6:.1f} MB",
+            f"{one.budget_bytes / arms.weights_bytes:.0%}",
+            f"{engine_s:.4f} s",
+            f"{simulated_s:.4f} s",
+            f"{off_s:+.1%}",
+            f"{engine_bytes / 1e6:.1f} MB",
+            f"{simulated_bytes / 1e6:.1f} MB",
+            f"{off_bytes:+.1%}",
+            "" if one.is_close else "off",
+        )
+    console.print(table)
+    console.print(f"rates: {arms.rates}", highlight=False)
 
 
 def main(
-    bundle: Annotated[Path, typer.Argument(help="A bundle.")],
+    ratio: Annotated[str, typer.Option(help=f"Which of {', '.join(VIDEOS)}; commas between.")] = ",".join(VIDEOS),
+    bundle: Annotated[Path | None, typer.Option(help="A bundle of your own, in place of those.")] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Turns over the budgets.")] = 3,
     steps: Annotated[int, typer.Option(min=4, help="Steps of a run.")] = 6,
+    hidden: Annotated[int, typer.Option(min=64, help="Channels; a block has 64 bytes a channel squared.")] = HIDDEN,
+    depth: Annotated[int, typer.Option(min=1, help="Layers of two blocks.")] = DEPTH,
 ) -> None:
-    """Print one table."""
+    """Print a table for each ratio as soon as it is measured."""
     console = Console(width=120)
-    with tempfile.TemporaryDirectory() as folder:
-        arms = Arms(Bundle.read(bundle), Path(folder), steps)
-        rows = arms.variant.residency
-        low, high = arms.variant.first_needs_bytes, rows[-1].needs_bytes  # a first run must fit, too
-        ways: list[tuple[Mode, int]] = [("sequential", high), ("concurrent", high)]
-        ways += [("dynamic", low + round(share * (high - low))) for share in SHARES]
-        measured: dict[tuple[Mode, int], list[tuple[float, int]]] = {way: [] for way in ways}
-        for _ in range(rounds):
-            for way in ways:
-                measured[way].append(arms.measure(*way)[1:])
-        table = Table(title=f"{bundle}: a settled step of the denoiser; {arms.rates}")
-        for column in ("mode", "budget", "engine", "simulated", "", "engine peak", "simulated peak", ""):
-            table.add_column(column, justify="left" if column == "mode" else "right")
-        for (mode, budget_bytes), found in measured.items():
-            seconds = statistics.median(one for one, _ in found)
-            peak_bytes = max(one for _, one in found)
-            _, simulated_s, simulated_bytes = arms.simulate(mode, budget_bytes)
-            table.add_row(
-                mode,
-                f"{budget_bytes / 1e6:.1f} MB",
-                f"{seconds:.4f} s",
-                f"{simulated_s:.4f} s",
-                f"{simulated_s / seconds - 1:+.1%}",
-                f"{peak_bytes / 1e6:.1f} MB",
-                f"{simulated_bytes / 1e6:.1f} MB",
-                f"{simulated_bytes / peak_bytes - 1:+.1%}",
-            )
-        console.print(table)
+    if unknown := sorted(set(ratio.split(",")) - set(VIDEOS)):
+        raise typer.BadParameter(f"{unknown[0]!r} is none of {', '.join(VIDEOS)}", param_hint="--ratio")
+    bundles = {} if bundle is None else {str(bundle): bundle}
+    cases = {} if bundle else {one: Case(hidden, depth, *VIDEOS[one], COMPILE_SHARE) for one in ratio.split(",")}
+    for one, case in cases.items():
+        case.folder.mkdir(parents=True, exist_ok=True)
+        case.compile()
+        bundles[f"about {one}"] = case.folder / "bundle"
+    console.print(f"load before the first run: {os.getloadavg()[0]:.1f} of {os.cpu_count()} cores", highlight=False)
+    close = True
+    for title, path in bundles.items():
+        with tempfile.TemporaryDirectory() as folder:
+            arms = Arms(Bundle.read(path), Path(folder), steps)
+            found = compare(arms, rounds)
+        print_table(console, title, arms, found)
+        close = close and all(one.is_close for one in found)
+    held_to = f"seconds within {CLOSE_S:.0%} and peak within {CLOSE_BYTES:.0%} of the engine's"
+    console.print(f"{'all' if close else 'not all'} {held_to}")
 
 
 if __name__ == "__main__":

@@ -138,23 +138,6 @@ def seconds_of(chain: Chain, rates: Rates, row: Residency, calls: int) -> tuple[
     return (ends_s[calls] if calls <= count else ends_s[-1] + (calls - count) * call_s), call_s
 
 
-def least_s(chain: Chain, machine: Machine) -> float:
-    """Seconds of a settled call that no set of partitions and no order of loads can beat within the budget.
-
-    Loads of what cannot stay, at best a part of a partition, and runs that each second of loading slows down.
-    """
-    rates = machine.rates
-    base = needs_bytes(chain, frozenset(), 0, frozenset())
-    room_bytes = machine.budget_bytes - base + max(one.held_bytes for one in chain.partitions)
-    load_s = 0.0
-    for one in sorted(chain.partitions, key=lambda one: -rates.load_s(one) / max(one.held_bytes, 1)):
-        stays = min(room_bytes, one.held_bytes) / max(one.held_bytes, 1)
-        room_bytes -= round(stays * one.held_bytes)
-        load_s += (1 - stays) * rates.load_s(one)
-    run_s = sum(rates.run_s(one) for one in chain.partitions)
-    return max(load_s, run_s + load_s * machine.lost_s)
-
-
 def pinning_order(chain: Chain, rates: Rates, make: Make, first: Pinned = frozenset()) -> list[str]:
     """All partitions, those of a set first; then those whose staying saves the most seconds for their bytes.
 

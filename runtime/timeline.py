@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from movdc.runtime.errors import RunError
 
 LOADER, EXECUTION = 1, 2  # lanes, by their row in a trace
 LANES = {"load": LOADER, "verify": LOADER, "read": LOADER, "pack": LOADER, "init": LOADER}
+PAUSE_S = 1.0  # between runs that are joined
 LANES |= {"run": EXECUTION, "wait": EXECUTION, "free": EXECUTION}
 _NAMES = {LOADER: "loader", EXECUTION: "execution"}
 
@@ -70,6 +71,15 @@ def stage_times(events: Sequence[Event]) -> dict[str, StageTimes]:
             peak_bytes=max(one.held_bytes for one in own),
             read_bytes=sum(one.bytes for one in own if one.what in ("read", "verify")),
         )
+    return found
+
+
+def joined(traces: Iterable[Sequence[Event]]) -> list[Event]:
+    """Several runs one after the other, with a pause between, so that no event lies beside one of another run."""
+    found: list[Event] = []
+    for events in traces:
+        after_s = max((one.end_s for one in found), default=-PAUSE_S) + PAUSE_S
+        found += [replace(one, start_s=one.start_s + after_s) for one in events]
     return found
 
 

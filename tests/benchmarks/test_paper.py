@@ -4,7 +4,7 @@ import paper
 import pytest
 from paper_case import pass_s, profiles, sequential_s
 
-from movdc.compiler.levels import least_s
+from movdc.compiler.bounds import call_bound_s
 
 
 def test_figures_of_one_profile_are_met_and_contradictions_are_said() -> None:
@@ -31,5 +31,19 @@ def test_our_plan_beats_the_paper_s_and_is_near_the_bound() -> None:
     one = profiles()["b2-stdit"]
     best = paper._best(one)
     assert best.call_s < pass_s(one, one.rates(), one.pinned)
-    assert best.call_s <= least_s(one.chain(), one.machine()) * (1 + paper.CLOSE)
+    bound_s = call_bound_s(one.chain(), one.rates(), one.machine().budget_bytes)
+    assert best.call_s <= bound_s * (1 + paper.CLOSE)
     assert paper.vae_loads() == 18
+
+
+def test_in_the_paper_s_memory_contention_alone_keeps_any_plan_from_max_of_loads_and_runs() -> None:
+    one = profiles()["b2-stdit"]
+    best, near = paper._best(one), paper.near_lanes(one)
+    loaded = one.blocks - len(best.row.pinned)
+    assert isinstance(one.overhead_s, float)
+    lost_s = loaded * one.overhead_s / one.blocks
+    assert best.call_s == pytest.approx(one.blocks * one.run_s + lost_s)  # nothing but that: no load shows
+    bound_s = call_bound_s(one.chain(), one.rates(), one.machine().budget_bytes)
+    assert bound_s > paper.lanes_s(one, best) * (1 + paper.CLOSE)
+    assert near.row.needs_bytes > one.machine().budget_bytes
+    assert "20 blocks have to stay" in paper.contention_note()

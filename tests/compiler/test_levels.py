@@ -8,9 +8,10 @@ from chains import CHAINS, chained, partition, tensor, uniform
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from movdc.compiler.bounds import call_bound_s, calls_bound_s
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
-from movdc.compiler.levels import MOST_AHEAD, least_s, levels, seconds_of, variant_of
+from movdc.compiler.levels import MOST_AHEAD, TRIED, levels, seconds_of, variant_of
 from movdc.compiler.residency import Chain, needs_bytes
 from movdc.runtime.bundle import Residency
 from movdc.runtime.rates import Rates
@@ -88,11 +89,28 @@ def test_equal_partitions_are_planned_as_well_without_trying_every_set(
 @settings(max_examples=40, deadline=None)
 @given(CHAINS, RATES, st.integers(300, 12_000))
 def test_nothing_beats_the_bound(chain: Chain, machine: Machine, budget_bytes: int) -> None:
-    machine = replace(machine, budget_bytes=budget_bytes)
-    bound_s = least_s(chain, machine)
+    rates = machine.rates
+    call_s, calls_s = call_bound_s(chain, rates, budget_bytes), calls_bound_s(chain, rates, budget_bytes, 10)
     for row in _all_rows(chain):
         if row.needs_bytes <= budget_bytes:
-            assert seconds_of(chain, machine.rates, row, 10)[1] >= bound_s * (1 - 1e-9)
+            ten_s, one_s = seconds_of(chain, machine.rates, row, 10)
+            assert one_s >= call_s * (1 - 1e-9)
+            assert ten_s >= calls_s * (1 - 1e-9)
+
+
+@settings(max_examples=40, deadline=None)
+@given(CHAINS, RATES, st.integers(1, 12), st.lists(st.integers(300, 12_000), min_size=2, max_size=4), st.booleans())
+def test_a_plan_for_more_memory_is_never_slower(
+    chain: Chain, machine: Machine, calls: int, budgets: list[int], tries_every_set: bool
+) -> None:
+    """Each budget has a plan of its own: what the smaller one can do, the larger one can do as well."""
+    before_s = float("inf")
+    for budget_bytes in sorted(budgets):
+        planned = replace(machine, budget_bytes=budget_bytes)
+        found = levels(chain, planned, "per_step", calls, tried=TRIED if tries_every_set else 0)
+        fitting = [one.calls_s for one in found if one.row.needs_bytes <= budget_bytes]
+        assert not fitting or fitting[-1] <= before_s * (1 + 1e-9)
+        before_s = fitting[-1] if fitting else before_s
 
 
 def test_memory_goes_to_what_stays_before_it_goes_to_loading_further_ahead() -> None:
@@ -110,7 +128,7 @@ def test_equal_partitions_that_stay_are_spread() -> None:
     places = sorted(int(name.split(".")[-1]) for name in best.row.pinned)
     gaps = sorted((after - before) % 8 for before, after in zip(places, [*places[1:], places[0]], strict=True))
     assert max(gaps) <= 2 + (len(places) < 4)
-    assert best.call_s == pytest.approx(least_s(chain, machine))
+    assert best.call_s == pytest.approx(call_bound_s(chain, machine.rates, budget_bytes))
 
 
 def test_a_budget_between_two_levels_lets_some_partitions_wait() -> None:

@@ -8,6 +8,7 @@ from movdc.runtime.calibrate import calibrate
 from movdc.runtime.errors import RunError
 from movdc.runtime.rates import Rates
 from movdc.runtime.simulate import Simulator
+from movdc.runtime.timeline import joined
 
 
 def _trace(rates: Rates, sizes: list[tuple[int, ...]], *modes: str) -> tuple[list, dict]:
@@ -33,6 +34,17 @@ def test_the_rates_of_a_simulated_trace_come_back() -> None:
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-3), name
     for name in ("load_overhead_s", "run_overhead_s", "contention", "load_contention"):
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-2, abs=1e-4), name
+
+
+def test_traces_of_two_runs_tell_what_one_does_not() -> None:
+    rates = Rates(1000.0, 2000.0, 0.05, 0.1, 0.4, 0.2)
+    sizes = [(1000, 500), (300, 4000), (2500, 3000), (700, 1500), (1600, 2500)]
+    traces = [_trace(rates, sizes, mode) for mode in ("sequential", "concurrent")]
+    named = traces[0][1]
+    assert calibrate(traces[0][0], named).contention == 0
+    found = calibrate(joined([events for events, _ in traces]), named)
+    assert found.contention == pytest.approx(rates.contention, rel=1e-2)
+    assert found.load_contention == pytest.approx(rates.load_contention, rel=1e-2)
 
 
 def test_products_with_int8_weights_have_a_rate_of_their_own() -> None:
