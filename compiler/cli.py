@@ -214,8 +214,15 @@ def _says_how_to_go_on(kept: Journal) -> Iterator[None]:
 
 @app.command()
 def inspect(bundle: OutFolder) -> None:
-    """Show the partitions, the schedule and the predicted peak of a bundle."""
-    print_manifest(console, bundle, Bundle.read(bundle).manifest)
+    """Show the partitions, the schedule, the predicted peak and the predicted seconds of a bundle."""
+    manifest = Bundle.read(bundle).manifest
+    from movdc.compiler.device import known_profiles
+    from movdc.targets.registry import parse_target
+
+    profile = known_profiles().get(manifest.device)  # a bundle may be of a movdc that knew others
+    target = parse_target(manifest.target)
+    rates = None if profile is None else target.machine(profile, manifest.budget_bytes).rates
+    print_manifest(console, bundle, manifest, rates)
 
 
 @app.command()

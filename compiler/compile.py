@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
+from typing import TypeVar
 
 from movdc.compiler.bundle_writer import BundleWriter, new_bundle
 from movdc.compiler.cache import CompileCache, key_of, open_cache, passing_cache
@@ -29,6 +31,7 @@ from movdc.compiler.target import Target
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import FORMAT_VERSION, REPORT, Manifest, Partition, Sampler, Stage, Video
 
+Made = TypeVar("Made")
 _PLANS = 4  # that are tried, each with more in reserve than the one before
 
 
@@ -58,10 +61,12 @@ def compile_bundle(
         key = compile_key(spec_file.spec, checkpoints, target, machine, passes)
         made = None if dump else recall(key, family.sampler(spec_file), passes, writer, cache)
         if made is None:
-            made, planners = _plan_and_lower(
-                spec_file, family, target, machine, phases, dump, writer, cache, progress, note, jobs
+            make = partial(
+                _lower, family=family, target=target, writer=writer, cache=cache, progress=progress, jobs=jobs
             )
-            remember(key, made, planners, writer, cache)
+            lowered, planners = plan(spec_file, family, target, machine, phases, dump, progress, note, make)
+            remember(key, lowered, planners, writer, cache)
+            made = lowered
         else:
             made = _replanned(made, machine)
         manifest = made.model_copy(
@@ -103,20 +108,18 @@ def _pin(spec_file: SpecFile, checkpoints: Sequence[Checkpoint], note: Callable[
             spec_file.spec = spec_file.spec.model_copy(update={one.section: pinned})
 
 
-def _plan_and_lower(
+def plan(
     spec_file: SpecFile,
     family: Family,
     target: Target,
     machine: Machine,
     phases: Sequence[tuple[str, Sequence[Pass]]],
     dump: Path | None,
-    writer: BundleWriter,
-    cache: CompileCache,
     progress: Progress,
     note: Callable[[str, str], None],
-    jobs: int,
-) -> tuple[Manifest, list[str]]:
-    """The manifest, and the passes that wrote into the sampler's plan.
+    make: Callable[[Program], Made],
+) -> tuple[Made, list[str]]:
+    """What `make` makes of the planned program, and the passes that wrote into the sampler's plan.
 
     The planner estimates what programs take, and lowering measures it: where that is more than the budget, it is
     planned again with so much in reserve, and what is cut as before comes from the cache.
@@ -125,7 +128,7 @@ def _plan_and_lower(
         program, planners = _optimise(spec_file, family, machine, phases, dump, progress, note)
         check_runs(program, target)
         try:
-            return _lower(program, family, target, writer, cache, progress, jobs), planners
+            return make(program), planners
         except BudgetError as error:
             if left == 0 or not any(one.name == "partition" for _, passes in phases for one in passes):
                 raise

@@ -15,7 +15,8 @@ from itertools import pairwise
 
 import numpy as np
 
-from movdc.compiler.cut import Costs, cheapest, largest, least_s, smallest_budget
+from movdc.compiler.bounds import calls_bound_s
+from movdc.compiler.cut import Costs, cheapest, largest, smallest_budget
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
 from movdc.compiler.layers import Layer, StageLayers
@@ -23,13 +24,13 @@ from movdc.compiler.levels import variant_of
 from movdc.compiler.repeats import fewest_programs
 from movdc.compiler.residency import Chain, first_needs_bytes, most_bytes
 from movdc.compiler.units import format_bytes
-from movdc.runtime.bundle import Partition, TensorSpec, Variant
+from movdc.runtime.bundle import Partition, TensorSpec
 from movdc.runtime.simulate import Call, Simulator
 from movdc.runtime.timeline import StageTimes, stage_times
 
 SLACK, MOST_WEIGHT_BYTES = 0.1, 512 * 10**6  # the defaults of the pass partition
 NODES = 14  # of a layer, about
-PLANS = 4  # that are tried, each with more in reserve than the one before
+PLANS = 3  # that are tried before the least one, each with more in reserve than the one before
 
 
 @dataclass(frozen=True)
@@ -61,7 +62,7 @@ class StageFit:
     weight_bytes: int
     peak_bytes: int
     times: StageTimes
-    bound_s: float  # of one call, that no cutting can beat
+    bound_s: float  # of all calls, that no plan can beat
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Fit:
         return sum(one.times.wall_s for one in self.stages.values()) if self.fits else math.inf
 
     @property
+    def bound_s(self) -> float:
+        """Of one video: what no plan of these partitions can beat."""
+        return sum(one.bound_s for one in self.stages.values())
+
+    @property
     def peak_bytes(self) -> int:
         """The most that is held at any moment."""
         return max((one.peak_bytes for one in self.stages.values()), default=0)
@@ -98,111 +104,129 @@ def fit(stages_of: StagesOf, choice: Choice, machine: Machine) -> Fit:
     for batch in BATCHES:
         chosen = replace(choice, batch=batch)
         found = _fit(stages_of(chosen), chosen, machine)
-        if found.fits or not found.refusal.startswith("vae_spatial"):
+        if found.fits or not found.refusal.startswith("vae_spatial") or batch == BATCHES[-1]:
             break
     last = replace(choice, batch=BATCHES[-1])
-    return replace(found, needs_bytes=max(_needs_bytes(stage, last, machine) for stage in stages_of(last)))
-
-
-def _needs_bytes(stage: StageLayers, choice: Choice, machine: Machine) -> int:
-    """The least budget that a stage can be cut for, and that its first run holds when it is cut so."""
-    stored, each = _all_costs(stage, choice, machine)
-    least = replace(machine, budget_bytes=smallest_budget(largest(each))[0])
-    cuts = cheapest(replace(largest(each), machine=least))
-    if cuts is None:
-        return least.budget_bytes
-    first = [
-        first_needs_bytes(Chain.of(parts, parts[0].inputs, machine.slab_bytes))
-        for name, layers in stage.variants.items()
-        if (parts := _partitions(stage, name, layers, stored[name], cuts, machine))
-    ]
-    return max(least.budget_bytes, *first)
-
-
-def _all_costs(stage: StageLayers, choice: Choice, machine: Machine) -> tuple[dict[str, list[int]], list[Costs]]:
-    """Bytes of the weights of each layer, and what stretches of them cost, of each variant."""
-    int8 = any(fnmatchcase(stage.name, pattern) for pattern in choice.int8)
-    stored = {name: _stored(layers, choice, int8) for name, layers in stage.variants.items()}
-    return stored, [_costs(stage, layers, stored[name], machine) for name, layers in stage.variants.items()]
+    return replace(found, needs_bytes=max(_Stage.of(one, last, machine).least()[0] for one in stages_of(last)))
 
 
 def _fit(stages: Sequence[StageLayers], choice: Choice, machine: Machine) -> Fit:
     found, bundle_bytes, refusal = {}, 0, ""
-    for stage in stages:
-        stored, each = _all_costs(stage, choice, machine)
-        costs = largest(each)
-        bundle_bytes += sum(next(iter(stored.values())))
+    for layers in stages:
+        stage = _Stage.of(layers, choice, machine)
+        bundle_bytes += stage.weight_bytes
         try:
             if not refusal:
-                found[stage.name] = _planned(stage, costs, stored, choice, machine)
+                found[layers.name] = stage.planned()
         except BudgetError as error:
             refusal = str(error)
     return Fit({} if refusal else found, 0, bundle_bytes, refusal)
 
 
-def _stored(layers: Sequence[Layer], choice: Choice, int8: bool) -> list[int]:
-    """Bytes of the weights of each layer."""
-    return [layer.stored_bytes(int8 and (choice.embeddings or not layer.looks_up)) for layer in layers]
+@dataclass(frozen=True)
+class _Stage:
+    """A stage for a choice on a machine: bytes of the weights of each layer, by variant, and what stretches cost."""
 
+    layers: StageLayers
+    choice: Choice
+    machine: Machine
+    stored: Mapping[str, Sequence[int]]
+    costs: Costs  # at most, of all variants
 
-def _planned(
-    stage: StageLayers, costs: Costs, stored: Mapping[str, Sequence[int]], choice: Choice, machine: Machine
-) -> StageFit:
-    """A plan that keeps as much in reserve as the one before was over the budget, as a compile makes it."""
-    reserved_bytes = 0
-    for _ in range(PLANS - 1):
-        planning = replace(machine, budget_bytes=machine.budget_bytes - reserved_bytes)
-        try:
-            return _stage(stage, replace(costs, machine=planning), stored, choice, machine)
-        except BudgetError as error:
-            if not error.excess_bytes:
-                raise
-            reserved_bytes += error.excess_bytes
-    planning = replace(machine, budget_bytes=machine.budget_bytes - reserved_bytes)
-    return _stage(stage, replace(costs, machine=planning), stored, choice, machine)
+    @classmethod
+    def of(cls, layers: StageLayers, choice: Choice, machine: Machine) -> _Stage:
+        int8 = any(fnmatchcase(layers.name, pattern) for pattern in choice.int8)
+        stored = {
+            name: [one.stored_bytes(int8 and (choice.embeddings or not one.looks_up)) for one in own]
+            for name, own in layers.variants.items()
+        }
+        each = [_costs(layers, own, stored[name], machine) for name, own in layers.variants.items()]
+        return cls(layers, choice, machine, stored, largest(each))
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of the weights that all variants share."""
+        return sum(next(iter(self.stored.values())))
 
-def _stage(
-    stage: StageLayers, costs: Costs, stored: Mapping[str, Sequence[int]], choice: Choice, machine: Machine
-) -> StageFit:
-    layers = next(iter(stage.variants.values()))
-    numbers: dict[str, int] = {}
-    kinds = [numbers.setdefault(layer.kind, len(numbers)) for layer in layers]
+    def least(self) -> tuple[int, list[int]]:
+        """The cuts that need the least by the planner's estimate, and what a first run of them holds."""
+        needs_bytes = smallest_budget(self.costs)[0]
+        cuts = cheapest(replace(self.costs, machine=replace(self.machine, budget_bytes=needs_bytes)))
+        assert cuts is not None, "the least budget has cuts"
+        first = (first_needs_bytes(self.chain(self.partitions(name, cuts))) for name in self.layers.variants)
+        return max(needs_bytes, *first), cuts
 
-    def programs(cuts: Sequence[int]) -> int:
-        return len({tuple(kinds[start:stop]) for start, stop in pairwise(cuts)}) * len(stage.variants)
+    def planned(self) -> StageFit:
+        """A plan that keeps as much in reserve as the one before was over the budget, as a compile makes it.
 
-    cuts = fewest_programs(costs, kinds, SLACK, programs)
-    if cuts is None:
-        raise BudgetError(
-            stage.name,
-            f"takes about {format_bytes(smallest_budget(costs)[0])} at least, however it is cut; "
-            f"the budget is {format_bytes(machine.budget_bytes)}",
+        What fits some budget fits every larger one: where none of the plans does, the least one is taken.
+        """
+        name, budget_bytes = self.layers.name, self.machine.budget_bytes
+        needs_bytes, least = self.least()
+        if needs_bytes > budget_bytes:
+            raise BudgetError(
+                name,
+                f"takes about {format_bytes(needs_bytes)} at least, however it is cut; "
+                f"the budget is {format_bytes(budget_bytes)}",
+            )
+        reserved_bytes = 0
+        for _ in range(PLANS):
+            planning = replace(self.machine, budget_bytes=budget_bytes - reserved_bytes)
+            cuts = fewest_programs(replace(self.costs, machine=planning), self._kinds(), SLACK, self._programs)
+            if cuts is None:
+                break
+            try:
+                return self._played(cuts)
+            except BudgetError as error:
+                reserved_bytes += error.excess_bytes
+        return self._played(least)
+
+    def _kinds(self) -> list[int]:
+        """A number for each layer, equal where layers have equal programs."""
+        numbers: dict[str, int] = {}
+        return [numbers.setdefault(one.kind, len(numbers)) for one in next(iter(self.layers.variants.values()))]
+
+    def _programs(self, cuts: Sequence[int]) -> int:
+        kinds = self._kinds()
+        return len({tuple(kinds[start:stop]) for start, stop in pairwise(cuts)}) * len(self.layers.variants)
+
+    def _played(self, cuts: Sequence[int]) -> StageFit:
+        """The calls of a video by the best levels of some cuts; raises BudgetError where they need more."""
+        stage, machine = self.layers, self.machine
+        calls = _calls(stage, self.choice)
+        chains = {name: self.chain(self.partitions(name, cuts)) for name in stage.variants}
+        variants = {}
+        for name, chain in chains.items():
+            outputs = chain.partitions[-1].outputs
+            count = max(calls.count(name), 1)
+            variants[name] = variant_of(chain, machine, stage.cadence, count, stage.name, self._inputs, outputs)
+        named = {one.name: one for chain in chains.values() for one in chain.partitions}
+        simulator = Simulator(named, machine.slab_bytes, machine.rates, machine.budget_bytes)
+        again = [name == after for name, after in zip(calls, [*calls[1:], ""], strict=True)]
+        simulator.run(Call(stage.name, variants[name], more) for name, more in zip(calls, again, strict=True))
+        orders = [(one, [named[name] for name in one.order]) for one in variants.values()]
+        counts = [(chains[name], calls.count(name)) for name in dict.fromkeys(calls)]
+        return StageFit(
+            partitions=len(named),
+            programs=self._programs(cuts),
+            weight_bytes=self.weight_bytes,
+            peak_bytes=max(most_bytes(one, order, machine.budget_bytes) for one, order in orders),
+            times=stage_times(simulator.events)[stage.name],
+            bound_s=sum(calls_bound_s(chain, machine.rates, machine.budget_bytes, count) for chain, count in counts),
         )
-    calls = _calls(stage, choice)
-    partitions: list[Partition] = []
-    variants: dict[str, Variant] = {}
-    for name, own in stage.variants.items():
-        parts = _partitions(stage, name, own, stored[name], cuts, machine)
-        partitions += parts
-        inputs = (_tensor("x", stage.input_bytes),)
-        outputs = parts[-1].outputs
-        chain = Chain.of(parts, inputs, machine.slab_bytes)
-        count = max(calls.count(name), 1)
-        variants[name] = variant_of(chain, machine, stage.cadence, count, stage.name, inputs, outputs)
-    named = {one.name: one for one in partitions}
-    simulator = Simulator(named, machine.slab_bytes, machine.rates, machine.budget_bytes)
-    again = [name == after for name, after in zip(calls, [*calls[1:], ""], strict=True)]
-    simulator.run(Call(stage.name, variants[name], more) for name, more in zip(calls, again, strict=True))
-    orders = [(one, [named[name] for name in one.order]) for one in variants.values()]
-    return StageFit(
-        partitions=len(partitions),
-        programs=programs(cuts),
-        weight_bytes=sum(next(iter(stored.values()))),
-        peak_bytes=max(most_bytes(one, order, machine.budget_bytes) for one, order in orders),
-        times=stage_times(simulator.events)[stage.name],
-        bound_s=least_s(costs),
-    )
+
+    @property
+    def _inputs(self) -> tuple[TensorSpec]:
+        return (_tensor("x", self.layers.input_bytes),)
+
+    def chain(self, partitions: Sequence[Partition]) -> Chain:
+        """Partitions of a variant, as they run."""
+        return Chain.of(partitions, self._inputs, self.machine.slab_bytes)
+
+    def partitions(self, variant: str, cuts: Sequence[int]) -> list[Partition]:
+        """The records that a bundle would have of them."""
+        layers, stored = self.layers.variants[variant], self.stored[variant]
+        return _partitions(self.layers, variant, layers, stored, cuts, self.machine)
 
 
 def _calls(stage: StageLayers, choice: Choice) -> list[str]:

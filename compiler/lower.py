@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -52,31 +52,25 @@ def lower(
     """
     templates: dict[str, Piece] = {}
     lowered_as: dict[str, str] = {}  # the template of each partition
-    pieces: dict[tuple[str, str], dict[str, Piece]] = {}
+    pieces = pieces_of(program)
     for stage_name, variant, graph in program.graphs():
-        own = {_name(stage_name, variant, index): piece for index, piece in enumerate(split(graph, stage_name))}
-        pieces[stage_name, variant] = own
+        own = pieces[stage_name, variant]
         for name, template in zip(own, graph.templates or own, strict=True):
             lowered_as[name] = f"{stage_name} {template}"
             templates.setdefault(lowered_as[name], own[name])
     programs = _programs(templates, target, cache, progress, jobs)
-    made: dict[str, Partition] = {}
-    stages = []
-    for stage in program.stages:
-        variants = {}
-        for variant, graph in stage.variants.items():
-            parts = []
-            for name, piece in pieces[stage.name, variant].items():
-                one = programs[lowered_as[name]]
-                path = writer.program_path(one.entry, target.program_suffix)
-                parts.append(_partition(name, piece, path, one, target))
-            chain = Chain.of(parts, graph.inputs, program.machine.slab_bytes)
-            calls = count_calls(program.sampler, program.decode, program.stages, stage.name, variant)
-            variants[variant] = variant_of(
-                chain, program.machine, stage.cadence, calls, stage.name, graph.inputs, graph.outputs
+    parts: dict[tuple[str, str], list[Partition]] = {}
+    for of, own in pieces.items():
+        parts[of] = []
+        for name, piece in own.items():
+            one = programs[lowered_as[name]]
+            path = writer.program_path(one.entry, target.program_suffix)
+            lowered = partition_of(name, piece, path, one.memory, target)
+            parts[of].append(
+                lowered.model_copy(update={"delegated_nodes": one.delegated_nodes, "fallback": dict(one.fallback)})
             )
-            made |= {part.name: part for part in parts}
-        stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
+    stages = stages_of(program, parts)
+    made = {part.name: part for own in parts.values() for part in own}
     files = {
         name: files_of(piece, programs[lowered_as[name]].slots, programs[lowered_as[name]].entry, target)
         for own in pieces.values()
@@ -98,11 +92,30 @@ def lower(
                 weights.append(writer.add_weights(entry, target.weights_suffix, constants))
             path = writer.add_program(program_entry, target.program_suffix)
             made[name] = made[name].model_copy(update={"program": path, "weights": tuple(weights)})
-    return Lowered(tuple(stages), tuple(made.values()), errors.worst_first())
+    return Lowered(stages, tuple(made.values()), errors.worst_first())
 
 
-def _name(stage: str, variant: str, index: int) -> str:
-    return f"{stage}.{variant}.{index}"
+def pieces_of(program: Program) -> dict[tuple[str, str], dict[str, Piece]]:
+    """The pieces of each stage and variant, by the names of their partitions."""
+    return {
+        (stage, variant): {f"{stage}.{variant}.{index}": piece for index, piece in enumerate(split(graph, stage))}
+        for stage, variant, graph in program.graphs()
+    }
+
+
+def stages_of(program: Program, parts: Mapping[tuple[str, str], Sequence[Partition]]) -> tuple[Stage, ...]:
+    """The stages with the levels of their partitions; raises BudgetError if no level fits the budget."""
+    stages = []
+    for stage in program.stages:
+        variants = {}
+        for variant, graph in stage.variants.items():
+            chain = Chain.of(parts[stage.name, variant], graph.inputs, program.machine.slab_bytes)
+            calls = count_calls(program.sampler, program.decode, program.stages, stage.name, variant)
+            variants[variant] = variant_of(
+                chain, program.machine, stage.cadence, calls, stage.name, graph.inputs, graph.outputs
+            )
+        stages.append(Stage(name=stage.name, cadence=stage.cadence, variants=variants))
+    return tuple(stages)
 
 
 def _programs(
@@ -137,9 +150,8 @@ def _programs(
     return programs
 
 
-def _partition(name: str, piece: Piece, path: str, program: _Program, target: Target) -> Partition:
+def partition_of(name: str, piece: Piece, path: str, memory: Memory, target: Target) -> Partition:
     """A partition whose weights are not written yet."""
-    memory = program.memory
     unpacked_bytes = piece.weight_bytes if target.load_copies > 1 else 0  # beside what is made of them
     return Partition(
         name=name,
@@ -155,6 +167,4 @@ def _partition(name: str, piece: Piece, path: str, program: _Program, target: Ta
         planned_bytes=memory.planned_bytes,
         flops=piece.flops,
         int8_flops=piece.int8_flops,
-        delegated_nodes=program.delegated_nodes,
-        fallback=dict(program.fallback),
     )

@@ -91,6 +91,17 @@ def stages_of(spec_file: SpecFile, family: FamilyLayers) -> StagesOf:
     return layers
 
 
+def without_weights(spec_file: SpecFile, family: FamilyLayers) -> SpecFile:
+    """The spec with made-up weights of the right sizes in the place of those that are not here."""
+    spec = spec_file.spec
+    for section in SECTIONS:
+        model: ModelSpec = getattr(spec, section)
+        if not (spec_file.path.parent / model.weights).is_dir():
+            update = {"weights": "random:0", "config": dict(_config(spec_file, section, family.published))}
+            spec = spec.model_copy(update={section: model.model_copy(update={**update, "revision": None})})
+    return SpecFile(spec_file.path, spec, {})
+
+
 def choice_of(spec: PipelineSpec) -> Choice:
     """What the spec asks for; a dynamic leap is taken as late as it may come."""
     int8, merge, leap = (spec.passes.get(name) for name in ("quantize-int8", "merge-tokens", "leap"))

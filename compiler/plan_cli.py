@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import math
 import tomllib
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pydantic import ValidationError
 from rich.console import Console
 
+from movdc.compiler.bounds import stage_bounds_s
 from movdc.compiler.device import DeviceProfile, known_profiles, print_profile, read_profiles
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.folders import write_output
+from movdc.compiler.list_cli import silence_libraries
 from movdc.compiler.tables import print_fit, print_offers, print_reports
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.calibrate import calibrate as fit_rates
 from movdc.runtime.rates import Rates
 from movdc.runtime.simulate import MODES, Mode, Simulator, calls_of
-from movdc.runtime.timeline import read_trace, stage_times, to_chrome
+from movdc.runtime.timeline import joined, read_trace, stage_times, to_chrome
+
+if TYPE_CHECKING:
+    from movdc.compiler.fit import Fit
+    from movdc.compiler.spec import SpecFile
 
 _MOST_FLOPS_PER_S, _MOST_BYTES_PER_S = 1e15, 1e12  # where a fit finds that something takes no time at all
 console = Console()
@@ -35,6 +42,7 @@ def fit(
     device: Device = None,
     memory_budget: Budget = None,
     offers: Annotated[bool, typer.Option("--offers", help="What could be given up, also where it fits.")] = False,
+    exact: Annotated[bool, typer.Option("--exact", help="Trace and cut as a compile does; takes minutes.")] = False,
 ) -> None:
     """Tell whether a pipeline fits a device, how fast it is and what to give up, from configs alone."""
     from movdc.compiler import offers as choices
@@ -47,12 +55,33 @@ def fit(
         raise spec_file.error("family", f"unknown family {spec_file.spec.family!r}; there are {', '.join(known)}")
     profile = profile_of(device or spec_file.spec.device)
     budget_bytes = _bytes(memory_budget) or spec_file.spec.memory_budget
+    family = known[spec_file.spec.family]
     machine = choices.machine_of(profile, budget_bytes)
-    layers, choice = choices.stages_of(spec_file, known[spec_file.spec.family]), choices.choice_of(spec_file.spec)
+    layers, choice = choices.stages_of(spec_file, family), choices.choice_of(spec_file.spec)
     found = plan(layers, choice, machine)
-    print_fit(console, str(spec), found, choice, machine)
+    if exact:
+        of_trace = _exact(choices.without_weights(spec_file, family), profile, budget_bytes)
+        found = replace(of_trace, needs_bytes=found.needs_bytes)
+    how = "cut as a compile cuts it" if exact else "planned from configs alone"
+    print_fit(console, f"{spec}, {how}", found, choice, machine)
     if offers or not found.fits:
         print_offers(console, choices.offers(layers, choice, machine), found)
+
+
+def _exact(spec_file: SpecFile, profile: DeviceProfile, budget_bytes: int | None) -> Fit:
+    silence_libraries()
+    from movdc.compiler.exact_fit import exact_fit
+    from movdc.models.opensora import OpenSora
+    from movdc.passes.pipeline import default_pipeline, in_phases
+    from movdc.targets.registry import parse_target
+
+    def note(name: str, text: str) -> None:
+        console.print(f"[bold]{name}[/bold]: {text}", highlight=False)
+
+    target = parse_target(spec_file.spec.target)
+    phases = in_phases(default_pipeline(spec_file.spec.passes, target))
+    machine = target.machine(profile, budget_bytes)
+    return exact_fit(spec_file, OpenSora(), target, machine, phases, lambda *_: None, note)
 
 
 def simulate(
@@ -77,14 +106,17 @@ def simulate(
     from movdc.targets.registry import parse_target
 
     rates = parse_target(manifest.target).machine(profile, budget_bytes).rates
+    calls = calls_of(manifest, steps)
     simulator = Simulator.of(manifest, rates, budget_bytes=budget_bytes, mode=chosen, packed=not first)
-    events = simulator.run(calls_of(manifest, steps))
+    events = simulator.run(calls)
     print_reports(console, {stage: [times] for stage, times in stage_times(events).items()})
     if events_of is not None:
         console.print("measured:")
         print_reports(console, {stage: [times] for stage, times in stage_times(events_of).items()})
+    bound_s = sum(stage_bounds_s(manifest, rates, budget_bytes, calls).values())
     console.print(
-        f"{simulator.now_s:.1f} s on {device or manifest.device}, peak {format_bytes(simulator.books.peak_bytes)} of "
+        f"plan {simulator.now_s:.2f} s on {device or manifest.device}, bound {bound_s:.2f} s, "
+        f"peak {format_bytes(simulator.books.peak_bytes)} of "
         f"{format_bytes(budget_bytes)}"
     )
     if trace is not None:
@@ -97,14 +129,18 @@ def simulate(
 
 def calibrate(
     bundle: Annotated[Path, typer.Argument(help="The bundle that was run.")],
-    trace: Annotated[Path, typer.Option(help="A trace of `movdc run --trace`, of this machine or of a phone.")],
+    trace: Annotated[
+        list[Path],
+        typer.Option(help="A trace of `movdc run --trace`, of this machine or of a phone; more of them tell more."),
+    ],
     name: Annotated[str, typer.Option(help="What to call the device.")] = "measured",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Write the profile here (.toml).")] = None,
 ) -> None:
-    """Fit a device profile to a measured trace."""
+    """Fit a device profile to measured traces."""
     manifest = Bundle.read(bundle).manifest
-    rates = fit_rates(read_trace(trace), {one.name: one for one in manifest.partitions})
-    text = print_profile(name, _measured(rates, manifest.budget_bytes, trace.name)) + "\n"
+    rates = fit_rates(joined(map(read_trace, trace)), {one.name: one for one in manifest.partitions})
+    names = " ".join(one.name for one in trace)
+    text = print_profile(name, _measured(rates, manifest.budget_bytes, names)) + "\n"
     console.print(text, markup=False, highlight=False, end="")
     packed = "" if math.isinf(rates.pack_bytes_per_s) else f"; packs {format_bytes(rates.pack_bytes_per_s)}/s, once"
     console.print(f"# initialises a program in {rates.init_s:.4g} s{packed}", markup=False, highlight=False)
@@ -112,8 +148,8 @@ def calibrate(
         write_output(out, text)
 
 
-def _measured(rates: Rates, budget_bytes: int, trace: str) -> DeviceProfile:
-    """The profile that a trace tells; what it shows no end of is taken as very fast."""
+def _measured(rates: Rates, budget_bytes: int, traces: str) -> DeviceProfile:
+    """The profile that traces tell; what it shows no end of is taken as very fast."""
     floating = min(rates.compute_flops_per_s, _MOST_FLOPS_PER_S)
     int8 = floating if rates.int8_flops_per_s is None else min(rates.int8_flops_per_s, _MOST_FLOPS_PER_S)
     numbers = {
@@ -126,7 +162,7 @@ def _measured(rates: Rates, budget_bytes: int, trace: str) -> DeviceProfile:
         "load_contention": rates.load_contention,
         "run_overhead_s": rates.run_overhead_s,
     }
-    source = dict.fromkeys(numbers, f"movdc calibrate {trace}") | {
+    source = dict.fromkeys(numbers, f"movdc calibrate {traces}") | {
         "usable_memory": "estimate: the budget that the bundle was compiled for; a trace does not tell",
         "fp16_flops_per_s": "estimate: as fp32; a trace has one of the two",
     }

@@ -6,10 +6,11 @@ give the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from movdc.compiler import svg
+from movdc.compiler.bounds import stage_bounds_s
 from movdc.compiler.bubbles import bubbles
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import Manifest, Residency, Variant
@@ -57,13 +58,15 @@ def render(manifest: Manifest, rates: Rates, budget_bytes: int, measured: Sequen
     simulator = Simulator.of(manifest, rates, budget_bytes=budget_bytes)
     events = simulator.run(calls_of(manifest))
     peak_bytes = simulator.books.peak_bytes
+    bounds_s = stage_bounds_s(manifest, rates, budget_bytes)
     parts = [
         f"<h1>{escape(manifest.family)} for {escape(manifest.target)} on {escape(manifest.device)}</h1>",
         f"<p>{manifest.video.frames} frames of {manifest.video.height}x{manifest.video.width}. Predicted: "
-        f"<b>{simulator.now_s:.1f} s</b> a video, at most <b>{format_bytes(peak_bytes)}</b> held within a budget of "
+        f"<b>{simulator.now_s:.1f} s</b> a video, which no plan of these partitions can make in less than "
+        f"{sum(bounds_s.values()):.1f} s, at most <b>{format_bytes(peak_bytes)}</b> held within a budget of "
         f"{format_bytes(budget_bytes)}; {len(manifest.partitions)} partitions, "
         f"{format_bytes(sum(file.size_bytes for file in manifest.files))} on disk.</p>",
-        _stages(events, measured),
+        _stages(events, measured, bounds_s),
         _pipeline(manifest, budget_bytes),
         _timelines(events, measured),
         _memory(events, measured, budget_bytes),
@@ -82,12 +85,13 @@ def render(manifest: Manifest, rates: Rates, budget_bytes: int, measured: Sequen
     )
 
 
-def _stages(events: Sequence[Event], measured: Sequence[Event] | None) -> str:
+def _stages(events: Sequence[Event], measured: Sequence[Event] | None, bounds_s: Mapping[str, float]) -> str:
     rows = []
     kinds = [("predicted", events)] if measured is None else [("predicted", events), ("measured", measured)]
     for kind, some in kinds:
         for stage, one in stage_times(some).items():
-            seconds = [_seconds(value) for value in (one.wall_s, one.load_s, one.run_s, one.wait_s)]
+            bound_s = bounds_s[stage]
+            seconds = [_seconds(value) for value in (one.wall_s, bound_s, one.load_s, one.run_s, one.wait_s)]
             hidden = max(0.0, 1 - one.wait_s / one.load_s) if one.load_s else 1.0
             rows.append(
                 [
@@ -99,7 +103,7 @@ def _stages(events: Sequence[Event], measured: Sequence[Event] | None) -> str:
                     _size(one.peak_bytes),
                 ]
             )
-    return _table(("stage", "", "calls", "seconds", "loads", "runs", "waits", "loads hidden", "peak"), rows)
+    return _table(("stage", "", "calls", "seconds", "bound", "loads", "runs", "waits", "loads hidden", "peak"), rows)
 
 
 def _pipeline(manifest: Manifest, budget_bytes: int) -> str:

@@ -12,10 +12,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from movdc.compiler.bounds import stage_bounds_s
 from movdc.compiler.errors import Refusal
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import LayerError, Manifest, Variant
 from movdc.runtime.sampler import Trajectory
+from movdc.runtime.simulate import Simulator, calls_of
 from movdc.runtime.timeline import StageTimes
 
 if TYPE_CHECKING:
@@ -23,6 +25,7 @@ if TYPE_CHECKING:
     from movdc.compiler.fit import Choice, Fit
     from movdc.compiler.offers import Offer
     from movdc.runtime.executors import Report
+    from movdc.runtime.rates import Rates
 
 _WORST_SHOWN = 10
 _COLUMNS = 116  # wider than a pipe's 80, for nothing in a table may be cut off
@@ -106,19 +109,19 @@ def print_fit(console: Console, name: str, found: Fit, choice: Choice, machine: 
         )
         return
     table = Table(title=f"{name}: {size}", box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for column in ("stage", "calls", "partitions", "programs", "weights", "peak", "seconds", "loads", "runs", "waits"):
+    counts, seconds_of = ("calls", "partitions", "programs"), ("plan", "bound", "loads", "runs", "waits")
+    for column in ("stage", *counts, "weights", "peak", *seconds_of):
         table.add_column(column, justify="left" if column == "stage" else "right", no_wrap=True)
     for stage, one in found.stages.items():
-        seconds = (
-            f"{value:.1f} s" for value in (one.times.wall_s, one.times.load_s, one.times.run_s, one.times.wait_s)
-        )
+        times = one.times
+        seconds = (f"{value:.1f} s" for value in (times.wall_s, one.bound_s, times.load_s, times.run_s, times.wait_s))
         sizes = (format_bytes(one.weight_bytes), format_bytes(one.peak_bytes))
         table.add_row(stage, str(one.times.calls), str(one.partitions), str(one.programs), *sizes, *seconds)
     Console(width=max(console.width, _COLUMNS)).print(table)
     console.print(
-        f"fits: {found.seconds:.1f} s a video, peak {format_bytes(found.peak_bytes)} of "
-        f"{format_bytes(machine.budget_bytes)}, least budget about {format_bytes(found.needs_bytes)}, bundle "
-        f"{format_bytes(found.bundle_bytes)}; planned from configs alone",
+        f"fits: plan {found.seconds:.1f} s a video, bound {found.bound_s:.1f} s, "
+        f"peak {format_bytes(found.peak_bytes)} of {format_bytes(machine.budget_bytes)}, "
+        f"least budget about {format_bytes(found.needs_bytes)}, bundle {format_bytes(found.bundle_bytes)}",
         highlight=False,
         soft_wrap=True,
     )
@@ -139,8 +142,8 @@ def print_offers(console: Console, offers: Sequence[Offer], now: Fit) -> None:
     console.print(table)
 
 
-def print_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
-    """The partitions, the levels of each stage, what int8 loses, and the predicted peak."""
+def print_manifest(console: Console, bundle: Path, manifest: Manifest, rates: Rates | None) -> None:
+    """The partitions, the levels of each stage, what int8 loses, the predicted peak, and seconds beside their bound."""
     title = f"{bundle}: {manifest.family} for {manifest.target} on {manifest.device}; sizes in KiB"
     table = Table(title=title, box=box.SIMPLE, padding=(0, 1, 0, 0))
     text = ("partition", "program", "weight files")
@@ -168,6 +171,12 @@ def print_manifest(console: Console, bundle: Path, manifest: Manifest) -> None:
     if manifest.quantization:
         console.print(_quantization_table(manifest.quantization))
     console.print(f"predicted peak {manifest.peak_bytes} bytes, budget {manifest.budget_bytes} bytes")
+    if rates is None:
+        return
+    simulator = Simulator.of(manifest, rates)
+    simulator.run(calls_of(manifest))
+    bound_s = sum(stage_bounds_s(manifest, rates, manifest.budget_bytes).values())
+    console.print(f"plan {simulator.now_s:.2f} s a video on {manifest.device}, bound {bound_s:.2f} s", highlight=False)
 
 
 def _kept(variant: Variant, budget_bytes: int) -> str:

@@ -91,6 +91,10 @@ class OpenSora(Family):
         """The three models, and the tokenizer if it has a folder of its own."""
         models = tuple(checkpoint_of(spec_file, section) for section in ("text_encoder", "denoiser", "vae"))
         given = spec_file.spec.text_encoder.tokenizer
+        if given is None and models[0].folder is None:
+            raise spec_file.error(
+                "text_encoder.tokenizer", "random weights bring no tokenizer; name a folder with its files here"
+            )
         return models + ((Checkpoint("tokenizer", spec_file.path.parent / given),) if given else ())
 
     def sampler(self, spec_file: SpecFile) -> Sampler:
@@ -301,12 +305,10 @@ def _vae_config(spec_file: SpecFile) -> OpenSoraVAEConfig:
 
 
 def _tokenizer(spec_file: SpecFile) -> tuple[bytes, int]:
-    """The tokenizer as a `tokenizers` JSON file, and its padding id."""
+    """The tokenizer as a `tokenizers` JSON file, and its padding id; nothing where neither can be had or is needed."""
     given = spec_file.spec.text_encoder.tokenizer
     if given is None and spec_file.spec.text_encoder.weights.startswith("random:"):
-        raise spec_file.error(
-            "text_encoder.tokenizer", "random weights bring no tokenizer; name a folder with its files here"
-        )
+        return b"", 0
     folder = folder_of(spec_file, "text_encoder") if given is None else spec_file.path.parent / given
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)

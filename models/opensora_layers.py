@@ -22,6 +22,7 @@ Config = Mapping[str, Any]
 PUBLISHED: dict[str, Config] = {
     "DeepFloyd/t5-v1_1-xxl": {
         "d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_heads": 64, "num_layers": 24, "vocab_size": 32128,
+        "feed_forward_proj": "gated-gelu",
     },
     "hpcai-tech/OpenSora-STDiT-v3": {
         "hidden_size": 1152, "depth": 28, "num_heads": 16, "caption_channels": 4096, "model_max_length": 300,

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 def test_fit_answers_without_weights(movdc: Movdc, example: Path) -> None:
     done = movdc("fit", example, "--device", "iphone-15-pro")
     assert done.returncode == 0, done.stderr
-    assert re.search(r"fits: [\d.]+ s a video, peak [\d.]+ MiB of 13\.4 MiB", done.stdout)
+    assert re.search(r"fits: plan [\d.]+ s a video, bound [\d.]+ s, peak [\d.]+ MiB of 13\.4 MiB", done.stdout)
     small = movdc("fit", example, "--memory-budget", "4MB")
     assert small.returncode == 0, small.stderr
     assert "does not fit: denoiser" in small.stdout
@@ -37,6 +37,12 @@ def test_a_bundle_is_simulated_and_a_trace_of_it_calibrates_a_device(
         assert done.returncode == 0, done.stderr
         seconds[mode] = max(event.end_s for event in read_trace(trace))
     assert seconds["sequential"] > seconds["concurrent"] >= seconds["dynamic"]
+    said = movdc("simulate", bundle).stdout, movdc("inspect", bundle).stdout
+    plans = [re.search(r"plan ([\d.]+) s .*on host, bound ([\d.]+) s", text) for text in said]
+    (plan_s, bound_s), other = (one.groups() for one in plans if one)
+    assert (plan_s, bound_s) == other
+    assert float(plan_s) == pytest.approx(seconds["dynamic"], abs=0.01)
+    assert 0.8 * float(plan_s) < float(bound_s) <= float(plan_s)
     assert json.loads(trace.read_text())["traceEvents"][0]["args"]["name"] == "movdc"
     assert movdc("calibrate", bundle, "--trace", trace, "-o", profile).returncode == 0
     fitted = next(iter(read_profiles(profile).values()))

@@ -1,16 +1,19 @@
 """movdc fit: sizes that follow from configs are those of the models, and what does not fit is told with what would."""
 
+import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from movdc.compiler import offers as choices
 from movdc.compiler.device import read_profiles
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.fit import Choice, fit
+from movdc.compiler.fit import SLACK, Choice, fit
 from movdc.compiler.spec import VideoSpec
 from movdc.models.opensora_layers import PUBLISHED, stages
 
@@ -70,6 +73,22 @@ def test_what_does_not_fit_is_told_with_what_would() -> None:
     given_up = choices.offers(layers, choice, small)
     assert {one.what for one in given_up if one.fit.needs_bytes < needs} >= {"17 frames", "48x48"}
     assert fit(layers, choice, replace(machine, budget_bytes=round(1.3 * needs))).fits
+
+
+@settings(max_examples=6, deadline=None)
+@given(st.lists(st.floats(0.9, 1.5), min_size=2, max_size=3))
+def test_what_fits_a_budget_fits_every_larger_one(shares: list[float]) -> None:
+    layers, choice = _of("tiny.yaml")
+    machine = choices.machine_of(PROFILES["host"], None)
+    needs = fit(layers, choice, machine).needs_bytes
+    before_s = math.inf
+    for share in sorted(shares):
+        budget_bytes = round(share * needs)
+        found = fit(layers, choice, replace(machine, budget_bytes=budget_bytes))
+        assert found.fits == (budget_bytes >= needs)
+        assert found.seconds <= before_s * (1 + SLACK)  # which the planner trades for fewer programs
+        assert not found.fits or (found.peak_bytes <= budget_bytes and found.seconds >= found.bound_s)
+        before_s = found.seconds
 
 
 def test_merging_leaping_and_fewer_steps_gain_seconds() -> None:

@@ -90,7 +90,7 @@ def test_a_browser_shows_it_without_errors_and_sorts_its_tables(bundle: Path, tm
     </script>"""
     page = tmp_path / "page.html"
     page.write_text((bundle / "report.html").read_text().replace("</body>", probe + "</body>"))
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=412,900", f"--user-data-dir={tmp_path}/u"]
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,844", f"--user-data-dir={tmp_path}/u"]
     done = subprocess.run(
         [str(CHROMIUM), *options, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120
     )
