@@ -22,6 +22,7 @@ BUDGETS = 12  # points of the curve of time against budget
 MOST_POINTS = 2000  # of the curve of memory
 SHOWN_CALLS = 2  # of each stage, on the timeline
 MOST_ROWS = 40  # of bubbles and of int8 weights
+LONG = 36  # characters of a text from which it takes several lines
 
 _STYLE = """
 :root{color-scheme:light dark;--ink:#1c2430;--soft:#5c6878;--line:#d5dbe3;--page:#fff;--run:#2f7d4f;--load:#2b62b5;
@@ -36,7 +37,8 @@ h3{font-size:1rem;margin-bottom:.3rem}p{max-width:46rem}.soft{color:var(--soft)}
 polyline{fill:none;stroke-width:2;stroke:var(--load)}.curve1{stroke:var(--wait)}.axis{stroke:var(--line)}
 .limit{stroke:var(--wait);stroke-dasharray:6 4}svg .name1{fill:var(--wait)}
 table{border-collapse:collapse;font-size:.9rem}th,td{padding:.2rem .6rem;text-align:right;white-space:nowrap;
-border-bottom:1px solid var(--line)}.text{text-align:left}td.text{white-space:normal;max-width:26rem}
+border-bottom:1px solid var(--line)}.text{text-align:left}td{vertical-align:top}
+td.long{white-space:normal;min-width:15rem;max-width:26rem}
 th{cursor:pointer;user-select:none}th[data-order]::after{content:" \\25B4"}
 th[data-order="-1"]::after{content:" \\25BE"}
 """
@@ -261,7 +263,7 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
     body = "".join(
         "<tr>"
         + "".join(
-            f'<td class="text">{escape(shown)}</td>'
+            f'<td class="text{" long" if len(shown) > LONG else ""}">{escape(shown)}</td>'
             if isinstance(value, str)
             else f'<td data-value="{value:.9g}">{escape(shown)}</td>'
             for shown, value in row

@@ -31,18 +31,19 @@ def test_a_bundle_is_simulated_and_a_trace_of_it_calibrates_a_device(
     movdc: Movdc, bundle: Path, tmp_path: Path
 ) -> None:
     trace, profile = tmp_path / "t.json", tmp_path / "mine.toml"
-    seconds = {}
+    seconds, said = {}, {}
     for mode in reversed(MODES):  # the trace of the last one, sequential, is calibrated by
         done = movdc("simulate", bundle, "--mode", mode, "--trace", trace)
         assert done.returncode == 0, done.stderr
         seconds[mode] = max(event.end_s for event in read_trace(trace))
+        said[mode] = done.stdout
     assert seconds["sequential"] > seconds["concurrent"] >= seconds["dynamic"]
-    said = movdc("simulate", bundle).stdout, movdc("inspect", bundle).stdout
-    plans = [re.search(r"plan ([\d.]+) s .*on host, bound ([\d.]+) s", text) for text in said]
-    (plan_s, bound_s), other = (one.groups() for one in plans if one)
-    assert (plan_s, bound_s) == other
+    texts = said["dynamic"], movdc("inspect", bundle).stdout
+    plans = [re.search(r"plan ([\d.]+) s .*on host, bound ([\d.]+) s", text) for text in texts]
+    (plan_s, bound_s), shown = (one.groups() for one in plans if one)
+    assert (plan_s, bound_s) == shown
     assert float(plan_s) == pytest.approx(seconds["dynamic"], abs=0.01)
-    assert 0.8 * float(plan_s) < float(bound_s) <= float(plan_s)
+    assert 0.5 * float(plan_s) < float(bound_s) <= float(plan_s)
     assert json.loads(trace.read_text())["traceEvents"][0]["args"]["name"] == "movdc"
     assert movdc("calibrate", bundle, "--trace", trace, "-o", profile).returncode == 0
     fitted = next(iter(read_profiles(profile).values()))
