@@ -1,8 +1,12 @@
 """movdc fit --exact: the partitions, the peak and the size of the bundle that a compile then makes."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
+import yaml
 
 from movdc.compiler import offers as choices
 from movdc.compiler.device import known_profiles
@@ -15,6 +19,8 @@ from movdc.passes.pipeline import default_pipeline, in_phases
 from movdc.runtime.bundle import Bundle
 from movdc.targets.registry import parse_target
 
+Movdc = Callable[..., CompletedProcess[str]]
+REPOSITORY = Path(__file__).parents[2]
 FAMILY = choices.FamilyLayers(stages, PUBLISHED)
 
 
@@ -38,6 +44,23 @@ def test_it_is_what_a_compile_makes(bundle: Path, example: Path) -> None:
         assert one.programs == len({programs[name] for name in names})
     assert found.peak_bytes == pytest.approx(made.peak_bytes, rel=0.05)
     assert found.bundle_bytes == pytest.approx(sum(file.size_bytes for file in made.files), rel=0.01)
+
+
+@pytest.mark.slow
+def test_where_a_compile_estimates_too_nothing_differs(movdc: Movdc, shallow: Path, tmp_path: Path) -> None:
+    spec = yaml.safe_load(shallow.read_text())
+    config = json.loads((REPOSITORY / "examples/checkpoints/tiny/denoiser/config.json").read_text())
+    spec["denoiser"] = {"weights": "random:0", "config": config | {"depth": 3}}
+    spec |= {"passes": {"merge-tokens": {"steps": 10}}, "target": "null", "memory_budget": "6MB"}
+    spec["video"] |= {"frames": 17, "height": 32, "width": 32}
+    shallow.write_text(yaml.safe_dump(spec))
+    done = movdc("compile", shallow, "-o", tmp_path / "null")
+    assert done.returncode == 0, done.stderr
+    made, found = Bundle.read(tmp_path / "null").manifest, _exact(load_spec(shallow))
+    counts = {one.name: sum(len(variant.order) for variant in one.variants.values()) for one in made.stages}
+    assert {name: one.partitions for name, one in found.stages.items()} == counts
+    assert counts["denoiser"] > 4
+    assert found.peak_bytes == made.peak_bytes
 
 
 def test_weights_that_are_not_here_are_made_up(example: Path, tmp_path: Path) -> None:
