@@ -3,9 +3,9 @@
 
 PYTHON ?= python3.11
 BIN := .venv/bin
-SOURCES := compiler models passes runtime targets
+SOURCES := compiler evaluate models passes runtime targets
 
-.PHONY: setup demo check test format bench-passes bench-streaming sanitize
+.PHONY: setup demo check test format bench-streaming sanitize
 
 setup: .venv/ready
 
@@ -38,10 +38,6 @@ sanitize: setup
 	test -d out/tiny || $(BIN)/movdc compile examples/tiny.yaml -o out/tiny
 	tests/sanitize/run thread out/tiny
 	tests/sanitize/run address out/tiny
-
-# on demand: each setting of the passes on the example, about 20 minutes
-bench-passes: setup
-	$(BIN)/python benchmarks/passes.py
 
 # on demand: the engine's modes and other runtimes within half of the weights, about 17 GB in build/streaming
 bench-streaming: setup

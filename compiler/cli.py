@@ -1,4 +1,5 @@
-"""The command line: compile, run, inspect, package, fit, simulate, calibrate, cache, passes, targets, devices."""
+"""The command line: compile, run, inspect, package, fit, simulate, calibrate, evaluate, tune, cache, passes, targets,
+devices."""
 
 from __future__ import annotations
 
@@ -17,12 +18,12 @@ import typer
 from platformdirs import user_cache_path
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from movdc.compiler import list_cli, plan_cli
+from movdc.compiler import evaluate_cli, list_cli, plan_cli
 from movdc.compiler.errors import MovdcError, RefusedError
 from movdc.compiler.folders import write_output
 from movdc.compiler.list_cli import silence_libraries
+from movdc.compiler.progress import Bars, bars_on
 from movdc.compiler.tables import print_manifest, print_refusals, print_reports, print_trajectory
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
@@ -36,6 +37,8 @@ for command in (
     plan_cli.fit,
     plan_cli.simulate,
     plan_cli.calibrate,
+    evaluate_cli.evaluate,
+    evaluate_cli.tune,
     list_cli.passes,
     list_cli.targets,
     list_cli.devices,
@@ -44,24 +47,6 @@ for command in (
 console = Console()
 UsageError: Any = typer.BadParameter.__base__  # typer exports no name for it
 OutFolder = Annotated[Path, typer.Argument(help="A bundle made by `movdc compile`.")]
-
-
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=console)
-
-
-class _Bars:
-    """One bar for each kind of work, made when the work starts."""
-
-    def __init__(self, progress: Progress) -> None:
-        self._progress = progress
-        self._tasks: dict[str, Any] = {}
-
-    def __call__(self, name: str, done: int, total: int) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._progress.add_task(name, total=total)
-        self._progress.update(self._tasks[name], completed=done, total=total)
 
 
 @app.command("compile")
@@ -107,7 +92,7 @@ def compile_(
     def note(name: str, text: str) -> None:
         console.print(f"[bold]{name}[/bold]: {text}", highlight=False)
 
-    with _progress() as progress:
+    with bars_on(console) as progress:
         manifest = compile_bundle(
             spec_file,
             out,
@@ -116,7 +101,7 @@ def compile_(
             machine,
             phases,
             dump,
-            _Bars(progress),
+            Bars(progress),
             note,
             jobs or os.cpu_count() or 1,
             None if no_cache else cache or _compile_cache(),
@@ -174,7 +159,7 @@ def run(
         "--steps": steps or read.manifest.sampler.units[0],
     }
     with journal(out, asked, resume=resume) as kept:
-        with _says_how_to_go_on(kept), _progress() as progress:
+        with _says_how_to_go_on(kept), bars_on(console) as progress:
             executor = open_executor(
                 read,
                 mode=mode,
@@ -183,7 +168,7 @@ def run(
                 keeps_trace=trace is not None,
             )
             result = Generator(read, executor, prompts).generate(
-                prompt, seed=seed, noise=given, steps=steps, journal=kept, on_progress=_Bars(progress)
+                prompt, seed=seed, noise=given, steps=steps, journal=kept, on_progress=Bars(progress)
             )
         executor.release()  # what is loaded would stand beside the frames
         if save_latents is not None:
@@ -270,9 +255,9 @@ def _compile_cache() -> Path:
 
 
 def _families() -> dict[str, Any]:
-    from movdc.models.opensora import OpenSora
+    from movdc.models.registry import FAMILIES
 
-    return {OpenSora.name: OpenSora}
+    return FAMILIES
 
 
 def _one_of(spec_file: Any, key: str, option: str | None, choices: dict[str, Any]) -> Any:

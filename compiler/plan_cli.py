@@ -54,7 +54,7 @@ def fit(
     if spec_file.spec.family not in known:
         raise spec_file.error("family", f"unknown family {spec_file.spec.family!r}; there are {', '.join(known)}")
     profile = profile_of(device or spec_file.spec.device)
-    budget_bytes = _bytes(memory_budget) or spec_file.spec.memory_budget
+    budget_bytes = budget_of(memory_budget) or spec_file.spec.memory_budget
     family = known[spec_file.spec.family]
     machine = choices.machine_of(profile, budget_bytes)
     layers, choice = choices.stages_of(spec_file, family), choices.choice_of(spec_file.spec)
@@ -102,7 +102,7 @@ def simulate(
     chosen: Mode = mode
     profile = profile_of(device or manifest.device)
     events_of = None if measured is None else read_trace(measured)
-    budget_bytes = _bytes(memory_budget) or manifest.budget_bytes
+    budget_bytes = budget_of(memory_budget) or manifest.budget_bytes
     from movdc.targets.registry import parse_target
 
     rates = parse_target(manifest.target).machine(profile, budget_bytes).rates
@@ -190,7 +190,8 @@ def profile_of(device: str) -> DeviceProfile:
     return next(iter(found.values()))
 
 
-def _bytes(text: str | None) -> int | None:
+def budget_of(text: str | None) -> int | None:
+    """The bytes of --memory-budget, if it was given."""
     try:
         return None if text is None else parse_bytes(text)
     except ValueError as error:

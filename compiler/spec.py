@@ -87,6 +87,10 @@ class SpecFile:
         self.spec = spec
         self._lines = lines
 
+    def with_spec(self, spec: PipelineSpec) -> SpecFile:
+        """Another spec that was made of this file's."""
+        return SpecFile(self.path, spec, self._lines)
+
     def error(self, key: str, message: str) -> MovdcError:
         """A MovdcError that names the file and the line of a dotted key."""
         return MovdcError(f"{self.path}:{_line(self._lines, tuple(key.split('.')))}: {key}: {message}")

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
 
-import adherence
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from movdc.evaluate.shape_clips import ATTRIBUTES, caption, held_out, judge
 from movdc.runtime.bundle import Bundle, Manifest
 from movdc.runtime.executor import Executor
 from movdc.runtime.generate import Generator, Result
@@ -143,7 +143,12 @@ def test_another_seed_and_another_prompt_give_other_latents(movdc: Movdc, bundle
 
 
 def test_the_videos_show_what_the_prompts_name(bundle: Path) -> None:
-    right = adherence.score(bundle, PROMPTS, seed=0)
+    read = Bundle.read(bundle)
+    generator = Generator(read, Executor(read))
+    right = dict.fromkeys(ATTRIBUTES, 0)
+    for index, named in enumerate(held_out(PROMPTS)):
+        seen = judge(generator.generate(caption(named), seed=index).frames)
+        for attribute in ATTRIBUTES:
+            right[attribute] += getattr(seen, attribute) == getattr(named, attribute)
     print(right)
-    assert set(right) == {"colour", "background", "shape", "direction"}
     assert min(right.values()) >= MIN_RIGHT

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import shape_clips
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from movdc.evaluate import shape_clips
 from tools.train_example import layout
 from tools.train_example.__main__ import EXAMPLE, PRESETS, run
 from tools.train_example.clips import Captions, random_names, render, training_captions

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from benchmarks.shape_clips import (
+from movdc.evaluate.shape_clips import (
     ACROSS_PIXELS,
     BACKGROUNDS,
     COLOURS,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from benchmarks.shape_clips import FRAMES, PIXELS, Seen, caption, judge
+from movdc.evaluate.shape_clips import FRAMES, PIXELS, Seen, caption, judge
 from movdc.runtime.sampler import initial_noise
 from tools.train_example import layout
 from tools.train_example.clips import Captions

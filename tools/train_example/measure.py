@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.shape_clips import (
+from movdc.evaluate.shape_clips import (
     ATTRIBUTES,
     BACKGROUNDS,
     COLOURS,

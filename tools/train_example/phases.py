@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel
 
-from benchmarks.shape_clips import FRAMES, PIXELS
+from movdc.evaluate.shape_clips import FRAMES, PIXELS
 from movdc.models.stdit3 import STDiT3, STDiT3Config
 from tools.train_example.autoencoder import CHUNK_FRAMES, VideoAutoencoder
 from tools.train_example.clips import Captions, Named, random_names, render

@@ -6,7 +6,7 @@ signed distance with a linear edge one pixel wide, by the same formula in numpy 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -56,6 +56,16 @@ def caption(named: Seen) -> str:
     return f"a {named.colour} {named.shape} moving {named.direction} on a {named.background} background"
 
 
+def read_caption(text: str) -> Seen | None:
+    """What a caption names; None for a text that is not of the grammar."""
+    choices = ("|".join(of) for of in (COLOURS, SHAPES, DIRECTIONS, BACKGROUNDS))
+    pattern = "a ({}) ({}) moving ({}) on a ({}) background".format(*choices)
+    if not (match := re.fullmatch(pattern, text.strip())):
+        return None
+    colour, shape, direction, background = match.groups()
+    return Seen(colour, background, shape, direction)
+
+
 def every_caption() -> list[Seen]:
     """All 288 that the grammar has, in a fixed order."""
     return [Seen(*names) for names in product(COLOURS, BACKGROUNDS, SHAPES, DIRECTIONS)]
@@ -66,17 +76,6 @@ def held_out(count: int = 100) -> list[Seen]:
     captions = every_caption()
     order = np.random.Generator(np.random.PCG64(0)).permutation(len(captions))
     return [captions[index] for index in order[:count]]
-
-
-def prompts(count: int, seed: int) -> Iterator[tuple[str, Seen]]:
-    """Captions drawn at random from the whole grammar, each with what it names."""
-    random = np.random.Generator(np.random.PCG64(seed))
-    for _ in range(count):
-        colour, background, shape, direction = (
-            str(random.choice(choices)) for choices in (list(COLOURS), list(BACKGROUNDS), SHAPES, list(DIRECTIONS))
-        )
-        named = Seen(colour, background, shape, direction)
-        yield caption(named), named
 
 
 def coverage(shape: str, dx: Any, dy: Any, radius: Any, library: Any = np) -> Any:
