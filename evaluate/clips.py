@@ -18,6 +18,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from platformdirs import user_cache_path
@@ -170,7 +171,7 @@ def _measure(task: Task, frames: Frames, reference: Frames | None) -> Measured:
     )
 
 
-def _vbench(clip: Clip, frames: Frames, fps: int, folder: Path) -> dict[str, float]:
+def _vbench(clip: Clip, frames: Frames, fps: int, folder: Path) -> dict[str, Any]:
     from movdc.evaluate.vbench_networks import scores  # torch, which nothing else here needs
 
     if len(frames) < LEAST_FRAMES:

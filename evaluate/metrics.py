@@ -67,4 +67,5 @@ def dynamics(frames: Frames, fps: int) -> float | None:
 
 def _changes(frames: Frames) -> np.ndarray[Any, np.dtype[np.int16]]:
     """Absolute differences [N - 1, H, W, 3] of each frame with the one before."""
-    return np.abs(np.diff(frames.astype(np.int16), axis=0))
+    changes: np.ndarray[Any, np.dtype[np.int16]] = np.abs(np.diff(frames.astype(np.int16), axis=0))
+    return changes
