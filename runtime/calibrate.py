@@ -2,8 +2,8 @@
 
 A load takes a + b bytes seconds, and c of each second that something runs meanwhile; a run takes a + b FLOPs + d FLOPs
 with int8 weights, and c of each second that something loads. Least squares find these, none of them below 0. A first
-load also packs, checks and initialises: those parts are averaged, and left out with the first run of each partition,
-which touches new pages.
+load also packs, checks and initialises: those parts are averaged. What it reads and the run behind it are left out, for
+checking has brought its pages, and that run touches new ones.
 """
 
 from __future__ import annotations
@@ -12,13 +12,17 @@ import math
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from movdc.runtime.bundle import Partition
 from movdc.runtime.errors import RunError
 from movdc.runtime.rates import Rates
 from movdc.runtime.timeline import Event
 
+Columns = npt.NDArray[np.float64]
 _MOST_SHARE = 0.95  # of a second that contention may cost
+_ROUNDS = 3  # of weighing events by what the round before expects of them
+_ALONE = 1e-3  # of an event's seconds: what may lie beside another lane's and be of no account
 
 
 def calibrate(events: Sequence[Event], partitions: Mapping[str, Partition]) -> Rates:
@@ -29,9 +33,10 @@ def calibrate(events: Sequence[Event], partitions: Mapping[str, Partition]) -> R
         raise RunError(f"the trace has {unknown[0]}, which this bundle has not; give the bundle that was traced")
     if not loads or not runs:
         raise RunError("the trace has no load or no run; trace a whole run with `movdc run --trace`")
-    reads = _repeated([one for one in events if one.what == "read"])
+    firsts = [one for one in events if one.what in ("pack", "verify", "init")]
+    reads = _later([one for one in events if one.what == "read"], firsts)
     load = _fit(reads, [[partitions[one.partition].held_bytes for one in reads]], runs)
-    settled = _repeated(runs)
+    settled = _later(runs, firsts)
     products = [partitions[one.partition] for one in settled]
     int8_flops = [one.int8_flops for one in products]
     run = _fit(settled, [[one.flops - one.int8_flops for one in products], int8_flops], loads)
@@ -53,29 +58,58 @@ def calibrate(events: Sequence[Event], partitions: Mapping[str, Partition]) -> R
     )
 
 
-def _repeated(events: Sequence[Event]) -> list[Event]:
-    """All but the first of each partition, where there are more."""
-    seen: set[str] = set()
+def _later(events: Sequence[Event], firsts: Sequence[Event]) -> list[Event]:
+    """All but those that come next after a first load's own parts, where there are more."""
+    before: dict[str, bool] = {}  # by partition, whether what came before was such a part
     later = []
-    for event in events:
-        if event.partition in seen:
+    for event, is_first in sorted([(one, False) for one in events] + [(one, True) for one in firsts], key=_start_s):
+        if not is_first and not before.get(event.partition, True):
             later.append(event)
-        seen.add(event.partition)
+        before[event.partition] = is_first
     return later if later else list(events)
 
 
+def _start_s(event: tuple[Event, bool]) -> float:
+    return event[0].start_s
+
+
 def _fit(events: Sequence[Event], sizes: Sequence[Sequence[int]], others: Sequence[Event]) -> list[float]:
-    """Seconds of an event: fixed, for each of its sizes, and the share of its overlap with the other lane it loses."""
+    """Seconds of an event: fixed, for each of its sizes, and the share of its overlap with the other lane it loses.
+
+    An overlap is as long as an event happens to last, so least squares would take any delay for contention. Where
+    some events lie beside nothing, these tell the first figures, and the share is what the others take beyond them.
+    """
     starts = np.array([one.start_s for one in others])
     ends = np.array([one.end_s for one in others])
     seconds = np.array([one.duration_s for one in events])
-    overlaps = [
-        float(np.clip(np.minimum(ends, one.end_s) - np.maximum(starts, one.start_s), 0, None).sum()) for one in events
-    ]
-    columns = np.stack([np.ones(len(events)), *(np.array(one, float) for one in sizes), np.array(overlaps)], axis=1)
+    overlaps = np.array(
+        [float(np.clip(np.minimum(ends, one.end_s) - np.maximum(starts, one.start_s), 0, None).sum()) for one in events]
+    )
+    columns = np.stack([np.ones(len(events)), *(np.array(one, float) for one in sizes)], axis=1)
+    alone = overlaps <= _ALONE * seconds
+    if not alone.any():
+        *found, share = _least_squares(np.column_stack([columns, overlaps]), seconds)
+        return [*found, min(share, _MOST_SHARE)]
+    found = _least_squares(columns[alone], seconds[alone])
+    beyond_s = float((seconds - columns @ np.array(found))[~alone].sum())
+    overlap_s = float(overlaps[~alone].sum())
+    return [*found, min(max(beyond_s / overlap_s, 0.0), _MOST_SHARE) if overlap_s else 0.0]
+
+
+def _least_squares(columns: Columns, seconds: Columns) -> list[float]:
+    """The coefficients of columns, none of them below 0."""
+    expected = np.full(len(seconds), seconds.mean())
+    for _ in range(_ROUNDS):
+        # An error counts by what an event should take, so that small partitions weigh something; by what it did take,
+        # the quick ones among equal events would outweigh the slow ones.
+        weights = 1 / np.maximum(expected, seconds.mean() / 10 + 1e-9)
+        found = _not_negative(columns, seconds, weights)
+        expected = columns @ found
+    return [float(one) for one in found]
+
+
+def _not_negative(columns: Columns, seconds: Columns, weights: Columns) -> Columns:
     scale = np.maximum(columns.max(axis=0), 1e-30)
-    # An event's error counts by itself, not by how long it takes: small partitions would weigh nothing.
-    weights = 1 / np.maximum(seconds, seconds.mean() / 10 + 1e-9)
     kept = [index for index in range(columns.shape[1]) if columns[:, index].any()]
     while True:
         solved, *_ = np.linalg.lstsq(columns[:, kept] / scale[kept] * weights[:, None], seconds * weights, rcond=None)
@@ -84,7 +118,7 @@ def _fit(events: Sequence[Event], sizes: Sequence[Sequence[int]], others: Sequen
         kept.remove(kept[int(solved.argmin())])
     found = np.zeros(columns.shape[1])
     found[kept] = solved / scale[kept]
-    return [*map(float, found[:-1]), min(float(found[-1]), _MOST_SHARE)]
+    return found
 
 
 def _inverse(seconds: float) -> float:
