@@ -62,7 +62,7 @@ def _later(events: Sequence[Event], firsts: Sequence[Event]) -> list[Event]:
     """All but those that come next after a first load's own parts, where there are more."""
     before: dict[str, bool] = {}  # by partition, whether what came before was such a part
     later = []
-    for event, is_first in sorted([(one, False) for one in events] + [(one, True) for one in firsts], key=_start_s):
+    for event, is_first in sorted([(one, True) for one in firsts] + [(one, False) for one in events], key=_start_s):
         if not is_first and not before.get(event.partition, True):
             later.append(event)
         before[event.partition] = is_first

@@ -1,5 +1,7 @@
 """Calibration: a trace that was simulated gives back the rates that it was simulated with."""
 
+from dataclasses import replace
+
 import pytest
 from chains import chained, partition, tensor
 from test_simulate import _calls, _variant
@@ -45,6 +47,22 @@ def test_traces_of_two_runs_tell_what_one_does_not() -> None:
     found = calibrate(joined([events for events, _ in traces]), named)
     assert found.contention == pytest.approx(rates.contention, rel=1e-2)
     assert found.load_contention == pytest.approx(rates.load_contention, rel=1e-2)
+
+
+def test_quick_and_slow_loads_weigh_the_same() -> None:
+    rates = Rates(1000.0, 2000.0)
+    events, named = _trace(rates, [(1000, 500), (2000, 700), (1500, 900)], "sequential")
+    count, noisy = 0, []
+    for event in events:
+        count += event.what == "read"
+        late = 0.5 if count % 2 else 1.5
+        apart = replace(event, start_s=2 * event.start_s)  # so that a slow read still lies beside no run
+        noisy.append(replace(apart, duration_s=event.duration_s * late) if event.what == "read" else apart)
+    reads_s = [one.duration_s for one in noisy if one.what == "read"]
+    assert max(reads_s) > 2 * min(reads_s)
+    found = calibrate(noisy, named)
+    later_s = sum(reads_s[3:]) / 4  # of a call: the first one's reads are left out
+    assert sum(found.load_s(one) for one in named.values()) == pytest.approx(later_s, rel=0.1)
 
 
 def test_products_with_int8_weights_have_a_rate_of_their_own() -> None:
