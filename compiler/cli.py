@@ -1,5 +1,5 @@
-"""The command line: compile, run, inspect, package, fit, simulate, calibrate, evaluate, tune, cache, passes, targets,
-devices."""
+"""The command line: compile, run, verify, inspect, package, fit, simulate, calibrate, evaluate, tune, cache, passes,
+targets, devices."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.markup import escape
 
-from movdc.compiler import evaluate_cli, list_cli, plan_cli
+from movdc.compiler import evaluate_cli, list_cli, plan_cli, verify_cli
 from movdc.compiler.errors import MovdcError, RefusedError
 from movdc.compiler.folders import write_output
-from movdc.compiler.list_cli import silence_libraries
-from movdc.compiler.progress import Bars, bars_on
+from movdc.compiler.list_cli import families, silence_libraries
+from movdc.compiler.progress import Bars, progress_bars
 from movdc.compiler.tables import print_manifest, print_refusals, print_reports, print_trajectory
 from movdc.compiler.units import format_bytes, parse_bytes
 from movdc.runtime.bundle import Bundle
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
+    verify_cli.verify,
     plan_cli.fit,
     plan_cli.simulate,
     plan_cli.calibrate,
@@ -82,7 +83,7 @@ def compile_(
 
     with _said_of(spec_file, "target", target):
         chosen = parse_target(target or spec_file.spec.target)
-    family = _one_of(spec_file, "family", None, _families())()
+    family = _one_of(spec_file, "family", None, families())()
     machine = chosen.machine(profile, budget_bytes)
     resolved = {"target": str(chosen), "device": device or spec_file.spec.device, "memory_budget": budget_bytes}
     spec_file.spec = spec_file.spec.model_copy(update=resolved)
@@ -92,7 +93,7 @@ def compile_(
     def note(name: str, text: str) -> None:
         console.print(f"[bold]{name}[/bold]: {text}", highlight=False)
 
-    with bars_on(console) as progress:
+    with progress_bars(console) as progress:
         manifest = compile_bundle(
             spec_file,
             out,
@@ -159,7 +160,7 @@ def run(
         "--steps": steps or read.manifest.sampler.units[0],
     }
     with journal(out, asked, resume=resume) as kept:
-        with _says_how_to_go_on(kept), bars_on(console) as progress:
+        with _says_how_to_go_on(kept), progress_bars(console) as progress:
             executor = open_executor(
                 read,
                 mode=mode,
@@ -252,12 +253,6 @@ def cache_(
 
 def _compile_cache() -> Path:
     return user_cache_path("movdc") / "compile"
-
-
-def _families() -> dict[str, Any]:
-    from movdc.models.registry import FAMILIES
-
-    return FAMILIES
 
 
 def _one_of(spec_file: Any, key: str, option: str | None, choices: dict[str, Any]) -> Any:

@@ -23,6 +23,7 @@ from movdc.compiler.lower import Progress, lower
 from movdc.compiler.pass_base import Pass, PassResult, run_passes
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
+from movdc.compiler.record import record
 from movdc.compiler.refusals import check_runs
 from movdc.compiler.report import render
 from movdc.compiler.residency import Chain, most_bytes
@@ -30,6 +31,7 @@ from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import FORMAT_VERSION, REPORT, Manifest, Partition, Sampler, Stage, Video
+from movdc.runtime.replay_sampler import sampler_check
 
 Made = TypeVar("Made")
 _PLANS = 4  # that are tried, each with more in reserve than the one before
@@ -62,7 +64,14 @@ def compile_bundle(
         made = None if dump else recall(key, family.sampler(spec_file), passes, writer, cache)
         if made is None:
             make = partial(
-                _lower, family=family, target=target, writer=writer, cache=cache, progress=progress, jobs=jobs
+                _lower,
+                family=family,
+                target=target,
+                passes=passes,
+                writer=writer,
+                cache=cache,
+                progress=progress,
+                jobs=jobs,
             )
             lowered, planners = plan(spec_file, family, target, machine, phases, dump, progress, note, make)
             remember(key, lowered, planners, writer, cache)
@@ -71,6 +80,7 @@ def compile_bundle(
             made = _replanned(made, machine)
         manifest = made.model_copy(
             update={
+                "expected": made.expected.model_copy(update={"sampler": sampler_check(made.sampler)}),
                 "spec": spec_file.spec.model_dump(mode="json"),
                 "pipeline": ",".join(map(str, passes)),
                 "versions": {"movdc": version("movdc"), "python": platform.python_version()} | versions,
@@ -124,13 +134,14 @@ def plan(
     The planner estimates what programs take, and lowering measures it: where that is more than the budget, it is
     planned again with so much in reserve, and what is cut as before comes from the cache.
     """
+    passes = [one for _, some in phases for one in some]
     for left in range(_PLANS - 1, -1, -1):
         program, planners = _optimise(spec_file, family, machine, phases, dump, progress, note)
         check_runs(program, target)
         try:
             return make(program), planners
         except BudgetError as error:
-            if left == 0 or not any(one.name == "partition" for _, passes in phases for one in passes):
+            if left == 0 or not any(one.name == "partition" for one in passes):
                 raise
             machine = machine.reserving(error.stage, error.excess_bytes)
             note("lower", f"{error.stage} takes {format_bytes(error.excess_bytes)} more than estimated: planned again")
@@ -141,6 +152,7 @@ def _lower(
     program: Program,
     family: Family,
     target: Target,
+    passes: Sequence[Pass],
     writer: BundleWriter,
     cache: CompileCache,
     progress: Progress,
@@ -166,6 +178,7 @@ def _lower(
         partitions=lowered.partitions,
         weights=tuple(writer.weights[path] for path in sorted(writer.weights)),
         quantization=lowered.quantization,
+        expected=record(program, passes, target, cache, partial(progress, "expected")),
         files=tuple(writer.files[path] for path in sorted(writer.files)),
         spec={},
         pipeline="",

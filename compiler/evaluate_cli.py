@@ -13,7 +13,7 @@ from rich.console import Console
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.folders import write_output
 from movdc.compiler.list_cli import silence_libraries
-from movdc.compiler.progress import Bars, bars_on
+from movdc.compiler.progress import Bars, progress_bars
 from movdc.runtime.bundle import Bundle
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def evaluate(
     weights = None if metric_weights is None else _weights(metric_weights)
     count = seeds or (1 if asked is None else asked.seeds)
     kept = cache or user_cache_path("movdc") / "compile"
-    with bars_on(console) as progress:
+    with progress_bars(console) as progress:
         bars = Bars(progress)
         if sweep is not None and asked is not None:
             cells = _swept(sweep, asked, out, kept, bars)
@@ -164,7 +164,7 @@ def tune(
     budget_bytes = budget_of(memory_budget) or spec_file.spec.memory_budget
     spec_file = spec_file.with_spec(spec_file.spec.model_copy(update={"memory_budget": budget_bytes}))
     profile = profile_of(device or spec_file.spec.device)
-    with bars_on(console) as progress, open_pool(jobs, scheduler) as pool:
+    with progress_bars(console) as progress, open_pool(jobs, scheduler) as pool:
         kept = cache or user_cache_path("movdc") / "compile"
         trials = Trials(spec_file, profile, texts, seeds, folder, kept, pool, Bars(progress))
         found = search(spec_file.spec.sampler.steps, limits, trials.measure, trials.predict)

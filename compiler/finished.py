@@ -18,7 +18,7 @@ from movdc.compiler.target import Target
 from movdc.compiler.weights import file_identity
 from movdc.runtime.bundle import Manifest, Sampler
 
-_RUNTIME = tuple(f"movdc.runtime.{name}" for name in ("bundle", "rates", "simulate", "simulated_loader"))
+_RUNTIME = tuple(f"movdc.runtime.{name}" for name in ("bundle", "expected", "rates", "simulate", "simulated_loader"))
 _READ = (".json", ".safetensors", ".bin", ".model")  # the files of a checkpoint that a compile may read
 
 

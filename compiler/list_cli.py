@@ -7,7 +7,7 @@ import os
 import tempfile
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -79,6 +79,13 @@ def devices(
         print_sources(console, profiles[name])
     else:
         raise MovdcError(f"unknown device {name!r}; there are {', '.join(profiles)}")
+
+
+def families() -> dict[str, Any]:
+    """The families of models by name."""
+    from movdc.models.registry import FAMILIES
+
+    return FAMILIES
 
 
 def silence_libraries() -> None:

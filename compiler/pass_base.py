@@ -12,6 +12,7 @@ from typing import ClassVar
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.configured import Configured
 from movdc.compiler.errors import InternalError, MovdcError
+from movdc.compiler.pieces import Piece
 from movdc.compiler.printer import print_program
 from movdc.compiler.program import Program
 from movdc.compiler.verifier import verify
@@ -81,6 +82,10 @@ class Pass(Configured, ABC):
         for stage, variant, graph in after.graphs():
             if (graph.inputs, graph.outputs) not in known.get(stage, []):
                 raise InternalError(f"changes the inputs or outputs of {stage} ({variant})")
+
+    def min_sqnr_db(self, piece: Piece) -> float | None:
+        """The ratio of signal to error that a piece keeps of its fp32 results; None where this pass keeps them all."""
+        return None
 
     @property
     def identity(self) -> str:

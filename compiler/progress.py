@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
-def bars_on(console: Console) -> Progress:
-    """Where bars are drawn while it is entered."""
+def progress_bars(console: Console) -> Progress:
+    """What shows bars while its block lasts."""
     columns = (TextColumn("{task.description:14}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from movdc.compiler.offers import Offer
     from movdc.runtime.executors import Report
     from movdc.runtime.rates import Rates
+    from movdc.runtime.replay import Finding
 
 _WORST_SHOWN = 10
 _COLUMNS = 116  # wider than a pipe's 80, for nothing in a table may be cut off
@@ -199,3 +200,20 @@ def _quantization_table(errors: Sequence[LayerError]) -> Table:
     if len(errors) > _WORST_SHOWN:
         table.caption = f"{len(errors) - _WORST_SHOWN} more are in bundle.json"
     return table
+
+
+def print_findings(console: Console, findings: Sequence[Finding]) -> None:
+    """How far each partition and stage is from what is right, and what it is held to."""
+    table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("", "checked", "relative L2", "max error", "PSNR", "SQNR", "at least", "tensor"):
+        table.add_column(column, justify="left" if column in ("", "checked", "tensor") else "right", no_wrap=True)
+    for one in findings:
+        mark = {True: "right", False: "WRONG", None: "-"}[one.passed]
+        figures = ["-"] * 4
+        if one.error is not None:
+            most = "-" if one.error.max_abs is None else f"{one.error.max_abs:.2g}"
+            decibels = (f"{db:.1f} dB" for db in (one.error.psnr_db, one.error.sqnr_db))
+            figures = [f"{one.error.relative_l2:.1e}", most, *decibels]
+        least = "-" if one.min_sqnr_db is None else f"{one.min_sqnr_db:.0f} dB"
+        table.add_row(mark, one.name, *figures, least, "-" if one.error is None else one.error.tensor)
+    Console(width=max(console.width, _COLUMNS)).print(table)

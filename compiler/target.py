@@ -130,6 +130,13 @@ class Target(Configured, ABC):
         """The type that most products of floating point are computed in."""
         return "f32"
 
+    def min_sqnr_db(self) -> float | None:
+        """The ratio of signal to error that its programs keep of fp32 results; None if it makes no programs.
+
+        Another order of summation in fp32 gives 95 to 130; the figure for fp16 is assumed, for no device was measured.
+        """
+        return 80.0 if self.computes_in() == "f32" else 40.0
+
     def estimate(self, piece: Piece) -> Memory:
         """What a program takes by the planner's own figures, for targets whose programs cannot be measured here."""
         return Memory(

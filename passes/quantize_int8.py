@@ -10,8 +10,11 @@ from movdc.compiler.abilities import Abilities
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.int8_readers import quantized_graph, reader_kind
 from movdc.compiler.pass_base import Pass, PassResult
+from movdc.compiler.pieces import Piece
 from movdc.compiler.program import Graph, Program, value_of
-from movdc.compiler.weights import INT8_SCALE
+from movdc.compiler.weights import INT8, INT8_SCALE
+
+MIN_SQNR_DB = 27.0  # of a cosine of 0.999
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,10 @@ class QuantizeInt8(Pass):
                 changed[stage, variant] = quantized_graph(graph, names)
                 count += len(names)
         return PassResult(program.map_graphs(changed), bool(changed), f"{count} weights in int8")
+
+    def min_sqnr_db(self, piece: Piece) -> float | None:
+        """The figure, for pieces that have int8 weights."""
+        return MIN_SQNR_DB if any(INT8 in weight.ref.transforms for weight in piece.weights) else None
 
     def _chosen(self, stage: str) -> bool:
         return any(fnmatchcase(stage, pattern) for pattern in self.stages)

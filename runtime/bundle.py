@@ -11,9 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
 from movdc.runtime.errors import BundleError
+from movdc.runtime.expected import Expected
+from movdc.runtime.record import Record
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -43,13 +45,7 @@ def _inside(path: str) -> str:
 BundlePath = Annotated[str, AfterValidator(_inside)]
 
 
-class _Record(BaseModel):
-    """Part of the manifest: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class TensorSpec(_Record):
+class TensorSpec(Record):
     """One named tensor between stages or partitions."""
 
     name: str
@@ -62,7 +58,7 @@ class TensorSpec(_Record):
         return int(np.prod(self.shape, dtype=np.int64)) * ITEM_BYTES[self.dtype]
 
 
-class File(_Record):
+class File(Record):
     """A file of the bundle, checked before anything parses it."""
 
     path: BundlePath
@@ -70,7 +66,7 @@ class File(_Record):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
-class Constant(_Record):
+class Constant(Record):
     """A tensor inside a weights file: bytes [offset_bytes, offset_bytes + size_bytes) of that file."""
 
     key: str  # the name the program asks for
@@ -80,14 +76,14 @@ class Constant(_Record):
     shape: tuple[int, ...]
 
 
-class WeightsFile(_Record):
+class WeightsFile(Record):
     """A content-addressed file of tensors, shared by every partition that names it."""
 
     path: BundlePath
     constants: tuple[Constant, ...]
 
 
-class Partition(_Record):
+class Partition(Record):
     """A piece of a stage that is loaded, run and freed as one."""
 
     name: str = Field(pattern=r"^[\w.-]+$")  # STAGE.VARIANT.INDEX
@@ -108,7 +104,7 @@ class Partition(_Record):
     fallback: dict[str, int] = {}
 
 
-class Residency(_Record):
+class Residency(Record):
     """One level of memory, and how a variant runs within it.
 
     Partitions of `pinned` stay loaded from run to run. The others are *transient*: each is loaded, run once and freed,
@@ -122,7 +118,7 @@ class Residency(_Record):
     waits: tuple[str, ...] = ()
 
 
-class Interval(_Record):
+class Interval(Record):
     """One row of the certificate: what is held until a partition has loaded, or from then until it has run."""
 
     partition: str
@@ -138,7 +134,7 @@ class Interval(_Record):
         return self.weights_bytes + self.loading_bytes + self.activation_bytes + self.lasting_bytes
 
 
-class Variant(_Record):
+class Variant(Record):
     """One way to run a stage; a tensor lives from the run that makes it to the last run that reads it."""
 
     inputs: tuple[TensorSpec, ...]
@@ -150,7 +146,7 @@ class Variant(_Record):
     peak_bytes: int  # its needs_bytes
 
 
-class Stage(_Record):
+class Stage(Record):
     """One model of the pipeline."""
 
     name: str
@@ -158,7 +154,7 @@ class Stage(_Record):
     variants: dict[str, Variant]
 
 
-class LeapRule(_Record):
+class LeapRule(Record):
     """When a unit goes from the time of one step straight to t = 0, by that step's drift (runtime/sampler.py)."""
 
     mode: Literal["fixed", "dynamic"]
@@ -184,7 +180,7 @@ class LeapRule(_Record):
         return (steps + 1) // 2 if self.min_steps is None else self.min_steps
 
 
-class Sampler(_Record):
+class Sampler(Record):
     """How noise becomes latents, by guided evaluations of the denoiser from t = 1 to t = 0."""
 
     solver: Literal["euler", "heun", "ddim", "unipc", "dpm"]  # only euler is run
@@ -201,7 +197,7 @@ class Sampler(_Record):
     latent: tuple[int, int, int, int, int]  # [1, C, T, H, W]
 
 
-class Chunk(_Record):
+class Chunk(Record):
     """A run of latent frames that the temporal decoder turns into frames, on its own."""
 
     variant: str
@@ -209,14 +205,14 @@ class Chunk(_Record):
     frames: int
 
 
-class Decode(_Record):
+class Decode(Record):
     """How latents become frames: chunks through vae_temporal, then micro-batches of frames through vae_spatial."""
 
     chunks: tuple[Chunk, ...]
     micro_batch_frames: int
 
 
-class Prompt(_Record):
+class Prompt(Record):
     """How text becomes tokens."""
 
     tokenizer: BundlePath  # a `tokenizers` JSON file
@@ -242,7 +238,7 @@ class Prompt(_Record):
         return name if length == self.max_tokens else f"{name}-{length}"
 
 
-class Video(_Record):
+class Video(Record):
     """What comes out."""
 
     frames: int
@@ -251,7 +247,7 @@ class Video(_Record):
     fps: int
 
 
-class LayerError(_Record):
+class LayerError(Record):
     """What quantizing one tensor lost, to be read by people: nothing at run time depends on it."""
 
     stage: str
@@ -259,7 +255,7 @@ class LayerError(_Record):
     sqnr_db: float = Field(allow_inf_nan=False)  # 10 log10(sum w^2 / sum (w - restored w)^2)
 
 
-class Manifest(_Record):
+class Manifest(Record):
     """bundle.json."""
 
     format_version: Literal[1]
@@ -279,6 +275,7 @@ class Manifest(_Record):
     files: tuple[File, ...]
     spec: dict[str, Any]  # the resolved YAML, for people
     quantization: tuple[LayerError, ...] = ()  # of each quantized tensor, the worst first
+    expected: Expected = Expected()  # what partitions, stages and the sampler make of inputs that follow from a rule
     pipeline: str  # the passes that ran, as they parse back
     versions: dict[str, str]
 

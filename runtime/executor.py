@@ -77,6 +77,15 @@ class Executor:
             self.reports.setdefault(stage, []).append(self._engine.report(stage))
         return outputs
 
+    def run_partition(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one partition by itself, on its own inputs; raises what `run` does."""
+        record = self._bundle.partitions[name]
+        prepared = checked_inputs(name, record.inputs, inputs)
+        outputs = {spec.name: np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in record.outputs}
+        with self._errors():
+            self._engine.run_partition(name, prepared, outputs)
+        return outputs
+
     def trace(self) -> str:
         """All events so far in Chrome's trace format, if they are kept: a JSON that Perfetto shows."""
         return self._engine.trace()

@@ -48,6 +48,7 @@ class AnyExecutor(Protocol):
     def run(
         self, stage: str, variant: str, inputs: Mapping[str, Array], then: str | None = None
     ) -> dict[str, Array]: ...
+    def run_partition(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]: ...
     def trace(self) -> str: ...
     def set_budget(self, memory_budget: int) -> None: ...
     def relieve(self, pressure: Pressure) -> None: ...
@@ -80,7 +81,7 @@ def open_executor(
             bundle, mode=mode, memory_budget=memory_budget, packed_cache=packed_cache, keeps_trace=keeps_trace
         )
     raise RunError(
-        f"{bundle.root}: is for the target {bundle.manifest.target}, which `movdc run` cannot run; "
+        f"{bundle.root}: is for the target {bundle.manifest.target}, which this machine cannot run; "
         "compile for executorch-xnnpack or onnx"
     )
 

@@ -116,6 +116,17 @@ class OnnxExecutor:
         self._relieve_idle()  # what came while this was about to end
         return outputs
 
+    def run_partition(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run one partition by itself, on its own inputs; raises what `run` does."""
+        record = self._bundle.partitions[name]
+        prepared = checked_inputs(name, record.inputs, inputs)
+        outputs = {spec.name: np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in record.outputs}
+        with self._run_lock:
+            self._clear()
+            one = OnnxPartition(record, self._constants, self._files)
+            one.run([prepared[spec.name] for spec in record.inputs], [outputs[spec.name] for spec in record.outputs])
+        return outputs
+
     def trace(self) -> str:
         """All events so far in Chrome's trace format, if they are kept: a JSON that Perfetto shows."""
         return self._trace.json()

@@ -22,7 +22,9 @@ from movdc.compiler.program import DTYPES, Graph, Program, Stage
 from movdc.compiler.spec import load_spec
 from movdc.compiler.trace import trace
 from movdc.models.opensora import OpenSora
+from movdc.passes.pipeline import default_pipeline
 from movdc.runtime.bundle import FORMAT_VERSION, MANIFEST, SEAL, Decode, Prompt, Sampler, TensorSpec, seal_of
+from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
 
 REPOSITORY = Path(__file__).parents[1]
 MACHINE = Machine(
@@ -133,12 +135,14 @@ def shallow(tmp_path: Path, example: Path) -> Path:
     return path
 
 
+TRADED: dict[str, dict[str, Any]] = {"quantize-int8": {}, "merge-tokens": {"steps": 15}, "leap": {"mode": "fixed"}}
 # The compiles that tests ask for by the name of their fixture: where, and the options beside the example's YAML.
 COMPILES = {
     "bundle": ("one/tiny", []),
     "twin_bundle": ("another/place/twin", ["--no-cache"]),
     "small_bundle": ("small/tiny", ["--memory-budget", "12MB"]),
     "onnx_bundle": ("onnx/tiny", ["--target", "onnx"]),
+    "traded_bundle": ("traded/tiny", ["--passes", ",".join(map(str, default_pipeline(TRADED, ExecutorchXnnpack())))]),
 }
 
 
@@ -189,6 +193,12 @@ def twin_bundle(compiles: dict[str, Future[Path]]) -> Path:
 def small_bundle(compiles: dict[str, Future[Path]]) -> Path:
     """The example compiled for less memory, for which a part of the decoder is planned again when it is measured."""
     return compiles["small_bundle"].result()
+
+
+@pytest.fixture(scope="session")
+def traded_bundle(compiles: dict[str, Future[Path]]) -> Path:
+    """The example compiled with every pass that trades quality; copy it before you change it."""
+    return compiles["traded_bundle"].result()
 
 
 @pytest.fixture(scope="session")

@@ -18,20 +18,34 @@ namespace {
 using Input = nb::ndarray<nb::ro, nb::c_contig, nb::device::cpu>;
 using Output = nb::ndarray<nb::c_contig, nb::device::cpu>;
 
+std::map<std::string, movd::Buffer> Buffers(const std::map<std::string, Input>& arrays) {
+  std::map<std::string, movd::Buffer> buffers;
+  for (const auto& [name, array] : arrays) buffers[name] = {const_cast<void*>(array.data()), array.nbytes()};
+  return buffers;
+}
+
+std::map<std::string, movd::Buffer> Buffers(const std::map<std::string, Output>& arrays) {
+  std::map<std::string, movd::Buffer> buffers;
+  for (const auto& [name, array] : arrays) buffers[name] = {array.data(), array.nbytes()};
+  return buffers;
+}
+
 void Run(movd::Engine& engine, const std::string& stage, const std::string& variant,
          const std::map<std::string, Input>& inputs, const std::map<std::string, Output>& outputs,
          const std::string& next) {
-  std::map<std::string, movd::Buffer> input_buffers;
-  for (const auto& [name, array] : inputs) {
-    input_buffers[name] = {const_cast<void*>(array.data()), array.nbytes()};
-  }
-  std::map<std::string, movd::Buffer> output_buffers;
-  for (const auto& [name, array] : outputs) output_buffers[name] = {array.data(), array.nbytes()};
+  const auto input_buffers = Buffers(inputs), output_buffers = Buffers(outputs);
   nb::gil_scoped_release release;
   engine.Run(stage, variant, input_buffers, output_buffers, next, [](const std::string&) {
     nb::gil_scoped_acquire acquire;
     if (PyErr_CheckSignals() != 0) throw nb::python_error();  // Ctrl-C between two partitions
   });
+}
+
+void RunPartition(movd::Engine& engine, const std::string& name, const std::map<std::string, Input>& inputs,
+                  const std::map<std::string, Output>& outputs) {
+  const auto input_buffers = Buffers(inputs), output_buffers = Buffers(outputs);
+  nb::gil_scoped_release release;
+  engine.RunPartition(name, input_buffers, output_buffers);
 }
 
 using Tensor = std::tuple<std::string, std::string, std::vector<int32_t>>;  // as TensorRecord
@@ -105,6 +119,7 @@ NB_MODULE(_engine, module) {
              return nb::bytes(mapping.data(), mapping.size_bytes());
            })
       .def("run", &Run, "stage"_a, "variant"_a, "inputs"_a, "outputs"_a, "next"_a)
+      .def("run_partition", &RunPartition, "name"_a, "inputs"_a, "outputs"_a)
       .def("set_budget", &movd::Engine::SetBudget)
       .def("relieve", &movd::Engine::Relieve, nb::call_guard<nb::gil_scoped_release>())
       .def("cancel", &movd::Engine::Cancel, nb::call_guard<nb::gil_scoped_release>())

@@ -225,7 +225,7 @@ class Manifest {
     value.CheckKeys(
         {"format_version", "family", "target", "device", "budget_bytes", "peak_bytes", "slab_bytes", "video", "prompt",
          "sampler", "decode", "stages", "partitions", "weights", "files", "spec", "pipeline", "versions"},
-        {"quantization"});
+        {"quantization", "expected"});
     for (FileRecord& file : value.At("files").Items(ReadFile)) {
       if (files_.count(file.path) > 0) value.At("files").Fail("\"" + file.path + "\" is there twice");
       files_.emplace(file.path, std::move(file));

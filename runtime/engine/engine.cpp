@@ -29,10 +29,28 @@ void CheckBuffers(const VariantRecord& variant, const char* kind, const std::vec
   }
 }
 
+// A stage that is nothing but one partition, and carries its name.
+VariantRecord Alone(const PartitionRecord& record, uint64_t slab_bytes) {
+  uint64_t others_bytes = slab_bytes + record.program_bytes + record.workspace_bytes + record.planned_bytes;
+  for (const TensorRecord& tensor : record.inputs) others_bytes += tensor.SizeBytes();
+  for (const TensorRecord& tensor : record.outputs) others_bytes += tensor.SizeBytes();
+  return {record.name,   "alone",
+          record.inputs, record.outputs,
+          {record.name}, {{others_bytes + record.held_bytes, 0, {}, {}}},
+          others_bytes + std::max(record.held_bytes, record.load_bytes)};
+}
+
+std::map<std::string, VariantRecord> AllAlone(const BundleRecord& bundle) {
+  std::map<std::string, VariantRecord> alone;
+  for (const auto& [name, record] : bundle.partitions) alone.emplace(name, Alone(record, bundle.slab_bytes));
+  return alone;
+}
+
 }  // namespace
 
 Engine::Engine(const std::string& root, const Options& options)
     : bundle_(ReadBundle(root)),
+      alone_(AllAlone(bundle_)),
       files_(root, bundle_.files, bundle_.slab_bytes),
       packed_cache_(options.packed_cache, options.packed_cache_limit_bytes),
       packed_groups_(bundle_.partitions),
@@ -165,8 +183,20 @@ void Engine::Load(const PartitionRecord& record, const std::shared_ptr<Workspace
 void Engine::Run(const std::string& stage, const std::string& variant, const std::map<std::string, Buffer>& inputs,
                  const std::map<std::string, Buffer>& outputs, const std::string& next,
                  const std::function<void(const std::string&)>& after) {
+  RunVariant(VariantOf(stage, variant), inputs, outputs, next == variant, after);
+}
+
+void Engine::RunPartition(const std::string& name, const std::map<std::string, Buffer>& inputs,
+                          const std::map<std::string, Buffer>& outputs) {
+  const auto one = alone_.find(name);
+  if (one == alone_.end()) throw InputError(name + ": is no partition of this bundle");
+  RunVariant(one->second, inputs, outputs, false, [](const std::string&) {});
+}
+
+void Engine::RunVariant(const VariantRecord& one, const std::map<std::string, Buffer>& inputs,
+                        const std::map<std::string, Buffer>& outputs, bool again,
+                        const std::function<void(const std::string&)>& after) {
   std::unique_lock lock(run_mutex_);
-  const VariantRecord& one = VariantOf(stage, variant);
   CheckBuffers(one, "input", one.inputs, inputs);
   CheckBuffers(one, "output", one.outputs, outputs);
   const Totals before = trace_.totals();
@@ -175,11 +205,11 @@ void Engine::Run(const std::string& stage, const std::string& variant, const std
   running_ = true;
   try {
     // What a stage held does not help the next one, and would count as memory that is taken.
-    if (variant_ != nullptr && variant_->stage != stage) Clear();
+    if (variant_ != nullptr && variant_->stage != one.stage) Clear();
     run_budget_bytes_ = budget_bytes_;  // once: it may be set again meanwhile, and counts from the next run on
     books_.RaiseLimit(run_budget_bytes_);
     Grow(one);
-    Execute(one, inputs, outputs, next == variant, after);
+    Execute(one, inputs, outputs, again, after);
     has_run_ = &one;
   } catch (...) {
     running_ = false;
@@ -194,7 +224,7 @@ void Engine::Run(const std::string& stage, const std::string& variant, const std
                    one.residency[row_].pinned};
   {
     const std::lock_guard reports_lock(reports_mutex_);
-    reports_[stage] = std::move(report);
+    reports_[one.stage] = std::move(report);
   }
   lock.unlock();
   RelieveIdle();  // what came while this was about to end

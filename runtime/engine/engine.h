@@ -71,6 +71,11 @@ class Engine {
            const std::map<std::string, Buffer>& outputs, const std::string& next,
            const std::function<void(const std::string&)>& after);
 
+  // Runs one partition alone, on the caller's buffers for each of its inputs and outputs, by name: to check it by
+  // itself. Throws as Run does.
+  void RunPartition(const std::string& name, const std::map<std::string, Buffer>& inputs,
+                    const std::map<std::string, Buffer>& outputs);
+
   // The memory for everything that the engine holds; counts from the next run on.
   void SetBudget(uint64_t bytes);
 
@@ -93,6 +98,9 @@ class Engine {
  private:
   const VariantRecord& VariantOf(const std::string& stage, const std::string& variant) const;
   const PartitionRecord& PartitionOf(const std::string& name) const { return bundle_.partitions.at(name); }
+  void RunVariant(const VariantRecord& variant, const std::map<std::string, Buffer>& inputs,
+                  const std::map<std::string, Buffer>& outputs, bool again,
+                  const std::function<void(const std::string&)>& after);
   bool IsPacked(const VariantRecord& variant);
   size_t Choose(const VariantRecord& variant);
   uint64_t LastingBytes(const VariantRecord& variant) const;
@@ -108,6 +116,7 @@ class Engine {
                const std::function<void(const std::string&)>& after);
 
   const BundleRecord bundle_;
+  const std::map<std::string, VariantRecord> alone_;  // each partition as the only one of a stage of its name
   const FileStore files_;
   PackedCache packed_cache_;
   const PackedGroups packed_groups_;

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from movdc.compiler.residency import Chain, intervals
 from movdc.runtime.bundle import MANIFEST, NUMPY_DTYPES, SEAL, Bundle, Manifest, Residency, seal_of
-from movdc.runtime.errors import BudgetError, BundleError, CancelledError, RunError
+from movdc.runtime.errors import BudgetError, BundleError, CancelledError, InputError, RunError
 from movdc.runtime.executor import Executor
 
 pytestmark = pytest.mark.slow
@@ -61,6 +61,19 @@ def denoiser(bundle: Path) -> Denoiser:
     expected = Executor(read, mode="sequential").run("denoiser", "plain", inputs)["velocity"]
     assert np.isfinite(expected).all()
     return Denoiser(read, inputs, expected)
+
+
+def test_partitions_by_themselves_make_what_the_stage_makes(denoiser: Denoiser, packed: Path) -> None:
+    executor = Executor(denoiser.bundle, packed_cache=packed)
+    tensors = dict(denoiser.inputs)
+    for name in denoiser.bundle.stages["denoiser"].variants["plain"].order:
+        given = {spec.name: tensors[spec.name] for spec in denoiser.bundle.partitions[name].inputs}
+        tensors |= executor.run_partition(name, given)
+    assert np.array_equal(tensors["velocity"], denoiser.expected)
+    assert executor.peak_bytes <= denoiser.bundle.manifest.peak_bytes
+    with pytest.raises(InputError, match="'timestep' is missing"):
+        executor.run_partition("denoiser.plain.0", {"latents": denoiser.inputs["latents"]})
+    assert all(denoiser.runs(executor, 2))  # and leaves nothing behind that a stage would mind
 
 
 def _in_time(work: Callable[[], Any]) -> Any:
