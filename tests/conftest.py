@@ -51,6 +51,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     """The options that save minutes when a compile is not what is tested."""
     parser.addoption("--bundle", type=Path, help="the example compiled, instead of compiling it anew")
     parser.addoption("--onnx_bundle", type=Path, help="the same for the target onnx")
+    parser.addoption("--traded_bundle", type=Path, help="the same with every pass that trades quality")
 
 
 @pytest.fixture(scope="session")
@@ -152,7 +153,9 @@ def compiles(
 ) -> Iterator[dict[str, Future[Path]]]:
     """Every compile that a test of this run asks for, two at a time: a compile takes minutes and uses one core."""
     asked_for = {name for item in request.session.items for name in getattr(item, "fixturenames", ())}
-    asked_for -= {name for name in ("bundle", "onnx_bundle") if request.config.getoption(f"--{name}") is not None}
+    asked_for -= {
+        name for name in ("bundle", "onnx_bundle", "traded_bundle") if request.config.getoption(f"--{name}") is not None
+    }
     root = tmp_path_factory.mktemp("bundles")
 
     def compile_to(place: str, options: list[str]) -> Path:
@@ -196,9 +199,9 @@ def small_bundle(compiles: dict[str, Future[Path]]) -> Path:
 
 
 @pytest.fixture(scope="session")
-def traded_bundle(compiles: dict[str, Future[Path]]) -> Path:
+def traded_bundle(compiles: dict[str, Future[Path]], request: pytest.FixtureRequest) -> Path:
     """The example compiled with every pass that trades quality; copy it before you change it."""
-    return compiles["traded_bundle"].result()
+    return _given_or_compiled("traded_bundle", compiles, request)
 
 
 @pytest.fixture(scope="session")

@@ -75,6 +75,7 @@ class Copy:
         right = self.source.pieces[name]
         graph: Graph = replace(right.graph, graph=right.graph.copy())
         edit(graph.graph, [node.name for node in right.nodes])
+        graph.graph.eliminate_dead_code()
         record = Bundle.read(self.root).partitions[name]
         folder = self.root / f"broken-{name}"
         folder.mkdir()
