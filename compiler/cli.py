@@ -1,5 +1,4 @@
-"""The command line: compile, run, verify, inspect, package, fit, simulate, calibrate, evaluate, tune, cache, passes,
-targets, devices."""
+"""The command line: compile, run, verify, inspect, package, cache; the others have files of their own."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ from platformdirs import user_cache_path
 from rich.console import Console
 from rich.markup import escape
 
-from movdc.compiler import evaluate_cli, list_cli, plan_cli, verify_cli
+from movdc.compiler import evaluate_cli, list_cli, plan_cli, straightness_cli, verify_cli
 from movdc.compiler.errors import MovdcError, RefusedError
 from movdc.compiler.folders import write_output
 from movdc.compiler.list_cli import families, silence_libraries
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 for command in (
     verify_cli.verify,
+    straightness_cli.straightness,
     plan_cli.fit,
     plan_cli.simulate,
     plan_cli.calibrate,

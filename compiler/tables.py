@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from movdc.runtime.executors import Report
     from movdc.runtime.rates import Rates
     from movdc.runtime.replay import Finding
+    from movdc.runtime.straightness import Straightness
 
 _WORST_SHOWN = 10
 _COLUMNS = 116  # wider than a pipe's 80, for nothing in a table may be cut off
@@ -38,6 +39,8 @@ def print_trajectory(console: Console, trajectory: Trajectory) -> None:
     if trajectory.leap_step is not None and trajectory.sigma is not None:
         leap = f"; a leap at step {trajectory.leap_step} with {trajectory.sigma:.3f} of the time left"
     console.print(f"{trajectory.evaluations} evaluations{leap}", highlight=False)
+    if trajectory.refusal:
+        console.print(f"no leap: {trajectory.refusal}", style="yellow", highlight=False, soft_wrap=True)
     cosines = " ".join("-" if math.isnan(cosine) else f"{cosine:.4f}" for cosine in trajectory.cosines)
     console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
 
@@ -217,3 +220,13 @@ def print_findings(console: Console, findings: Sequence[Finding]) -> None:
         least = "-" if one.min_sqnr_db is None else f"{one.min_sqnr_db:.0f} dB"
         table.add_row(mark, one.name, *figures, least, "-" if one.error is None else one.error.tensor)
     Console(width=max(console.width, _COLUMNS)).print(table)
+
+
+def print_straightness(console: Console, found: Straightness) -> None:
+    """The cosine of each step's drift with the one before, over all prompts."""
+    table = Table(title=f"{len(found.prompts)} prompts", box=box.SIMPLE, padding=(0, 1, 0, 0))
+    for column in ("step", "least", "5 %", "median", "95 %"):
+        table.add_column(column, justify="right")
+    for step, cosines in enumerate(found.quantiles(0.0, 0.05, 0.5, 0.95), start=1):
+        table.add_row(str(step), *("-" if math.isnan(one) else f"{one:.4f}" for one in cosines))
+    console.print(table)

@@ -16,7 +16,7 @@ from movdc.runtime.bundle import LeapRule, Sampler
 # What each mode fixes, and the options that it leaves to the user.
 MODES: dict[str, tuple[Mapping[str, Any], tuple[str, ...]]] = {
     "fixed": ({"mode": "fixed"}, ("step",)),
-    "dynamic": ({"mode": "dynamic"}, ("min_steps", "tol", "patience", "metric")),
+    "dynamic": ({"mode": "dynamic"}, ("min_steps", "tol", "patience", "metric", "floor")),
     # The constants of the PyTorch reference of On-device Sora.
     "reference": (
         {"mode": "dynamic", "min_steps": 14, "tol": 1e-3, "patience": 3, "metric": "first_frame_rows", "best": 0.0},
@@ -47,7 +47,7 @@ class Leap(Pass):
     exact: ClassVar[bool] = False
     figure: ClassVar[str] = f"PSNR >= {MIN_PSNR_DB} dB of the example's frames against those of every step"
     paper: ClassVar[str] = "arXiv 2502.04363, section 4"
-    plan_options: ClassVar[tuple[str, ...]] = ("mode", "step", "min_steps", "tol", "patience", "metric")
+    plan_options: ClassVar[tuple[str, ...]] = ("mode", "step", "min_steps", "tol", "patience", "metric", "floor")
 
     mode: Literal["fixed", "dynamic", "reference"] = "fixed"
     # None is what LeapRule has where the mode has the option; what each means is written there.
@@ -56,12 +56,13 @@ class Leap(Pass):
     tol: float | None = None
     patience: int | None = None
     metric: Literal["all", "first_frame_rows"] | None = None
+    floor: tuple[str, ...] = ()  # numbers that `movdc straightness` prints
 
     @property
     def rule(self) -> LeapRule:
         """The rule that the runtime applies; raises MovdcError for an option that cannot be used."""
         fixed, open_ = MODES[self.mode]
-        given = {key: value for key, value in self._given().items() if value is not None}
+        given = {key: value for key, value in self._given().items() if value not in (None, ())}
         for key in given:
             if key not in open_:
                 raise MovdcError(
@@ -105,6 +106,12 @@ class Leap(Pass):
             raise MovdcError(
                 f"pass leap: the sampler's prediction is {sampler.prediction}; a leap needs rectified_flow or "
                 "flow_match, because any other is no drift along a straight line; leave the pass out"
+            )
+        floor = self.rule.floor
+        if floor and any(steps != len(floor) + 1 for steps in sampler.units):
+            raise MovdcError(
+                f"pass leap: option floor has {len(floor)} numbers, one for each step but the first, and a unit has "
+                f"{max(sampler.units)} steps; measure it with `movdc straightness` on a bundle of these steps"
             )
         first = {steps: first_leap(self.rule, steps) for steps in sampler.units}
         if all(step > steps - 2 for steps, step in first.items()):

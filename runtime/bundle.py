@@ -170,6 +170,9 @@ class LeapRule(Record):
     metric: Literal["all", "first_frame_rows"] = "all"
     # dynamic: the best cosine before the first that counts; None lets any first one be better
     best: float | None = Field(default=None, allow_inf_nan=False)
+    # dynamic: for each step but the first, the least cosine of any prompt that the model was measured on; a prompt that
+    # falls below at any step so far does not leap, nor does a run of another number of steps. Empty refuses nothing.
+    floor: tuple[Annotated[float, Field(ge=-1, le=1)], ...] = ()
 
     def fixed_step(self, steps: int) -> int:
         """The step that leaps in a unit of so many steps, by a fixed rule."""

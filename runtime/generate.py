@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from movdc.runtime.bundle import Bundle
+from movdc.runtime.bundle import Bundle, Sampler
 from movdc.runtime.errors import RunError
 from movdc.runtime.journal import Journal
 from movdc.runtime.prompt import prepare, tokenize
@@ -42,6 +42,16 @@ class Result:
     dropped_tokens: int  # of a prompt that was too long
 
 
+@dataclass(frozen=True)
+class Denoised:
+    """What a prompt's noise became, before it is decoded; as in Result."""
+
+    latents: Array
+    seconds: dict[str, float]
+    trajectory: Trajectory
+    dropped_tokens: int
+
+
 class Generator:
     """Makes videos with one bundle."""
 
@@ -63,11 +73,26 @@ class Generator:
         on_progress: Progress = lambda stage, done, total: None,
     ) -> Result:
         """Make one video, from where the run of the journal stood; raises RunError for what cannot be used."""
-        manifest, run = self._manifest, self._executor.run
-        sampler = manifest.sampler
+        sampler = self._manifest.sampler
         if steps is not None:
             sampler = sampler.model_copy(update={"units": (steps,) * len(sampler.units)})
         noise = initial_noise(seed, sampler.latent) if noise is None else _checked_noise(noise, sampler.latent)
+        done = self.denoise(prompt, noise, sampler, journal, on_progress)
+        start = time.perf_counter()
+        frames = self._decode(done.latents, journal, on_progress)
+        seconds = done.seconds | {"vae": time.perf_counter() - start}
+        return Result(done.latents, frames, seconds, done.trajectory, done.dropped_tokens)
+
+    def denoise(
+        self,
+        prompt: str,
+        noise: Array,
+        sampler: Sampler,
+        journal: Journal | None = None,
+        on_progress: Progress = lambda stage, done, total: None,
+    ) -> Denoised:
+        """Latents of a prompt from noise, by a plan that need not be the bundle's own."""
+        manifest, run = self._manifest, self._executor.run
         point = Point(noise) if journal is None or journal.point is None else journal.point
         tokenizer_json = self._executor.read_file(manifest.prompt.tokenizer)
         tokens = tokenize(prepare(prompt, manifest.prompt), manifest.prompt, tokenizer_json)
@@ -103,11 +128,7 @@ class Generator:
             None if journal is None else journal.keep_point,
         )
         seconds["denoiser"] = time.perf_counter() - start
-
-        start = time.perf_counter()
-        frames = self._decode(latents, journal, on_progress)
-        seconds["vae"] = time.perf_counter() - start
-        return Result(latents, frames, seconds, trajectory, tokens.dropped)
+        return Denoised(latents, seconds, trajectory, tokens.dropped)
 
     def _encode(self, variant: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
         """The text encoder's outputs, kept ones if there are any."""

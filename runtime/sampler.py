@@ -33,6 +33,7 @@ class Trajectory:
     cosines: tuple[
         float, ...
     ]  # of the drift of each evaluation with the one before; NaN where there is none to compare
+    refusal: str = ""  # why a rule that looks at straightness did not let this run leap
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class _Watch:
         self._rule = sampler.leap
         self._steps = sampler.units[0]
         self._merged_steps = sampler.merged_steps
+        self.refusal = self._other_steps()
         self._restart()
 
     def _restart(self) -> None:
@@ -67,13 +69,24 @@ class _Watch:
             return False
         if rule.mode == "fixed":
             return step == rule.fixed_step(self._steps)
+        if not self.refusal and rule.floor and step > 0 and cosine < rule.floor[step - 1]:
+            self.refusal = (
+                f"at step {step} the cosine {cosine:.4f} is below {rule.floor[step - 1]:.4f}, the least of the prompts "
+                "that this model was measured on"
+            )
         if math.isnan(cosine) or step < rule.first_compared(self._steps):
             return False
         if cosine > self._best + rule.tol:
             self._best, self._worse = cosine, 0
         else:
             self._worse += 1
-        return self._worse == rule.patience
+        return self._worse == rule.patience and not self.refusal
+
+    def _other_steps(self) -> str:
+        """Cosines of other steps are those of other times, and say nothing of these."""
+        if self._rule is None or not self._rule.floor or len(self._rule.floor) + 1 == self._steps:
+            return ""
+        return f"straightness was measured on {len(self._rule.floor) + 1} steps, not {self._steps}"
 
 
 def timesteps(sampler: Sampler) -> np.ndarray[Any, np.dtype[np.float64]]:
@@ -147,7 +160,7 @@ def sample(
             break
     taken = len(cosines)
     left = float(schedule[taken - 1]) / 1000 if leapt else None
-    return z, Trajectory(taken, taken - 1 if leapt else None, left, tuple(cosines))
+    return z, Trajectory(taken, taken - 1 if leapt else None, left, tuple(cosines), "" if leapt else watch.refusal)
 
 
 def _has_leapt(watch: _Watch, cosines: Sequence[float]) -> bool:

@@ -34,7 +34,7 @@ rounded=False, guidance=4.0, latent=(1, 4, 10, 8, 8))
 """
 AFTER = """
 sampler Sampler(solver='euler', prediction='rectified_flow', units=(30,), merged_steps=0, leap=LeapRule(mode='fixed', \
-step=15, min_steps=None, tol=0.0001, patience=3, metric='all', best=None), shift=1.0, rounded=False, guidance=4.0, \
+step=15, min_steps=None, tol=0.0001, patience=3, metric='all', best=None, floor=()), shift=1.0, rounded=False, guidance=4.0, \
 latent=(1, 4, 10, 8, 8))
 """
 
