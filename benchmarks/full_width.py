@@ -2,8 +2,9 @@
 
     python benchmarks/full_width.py [--target onnx]
 
-One T5-XXL block (fp32 and int8), one pair of STDiT3-XL blocks on 68 frames of 256x256 pixels, both parts of the video
-decoder; seeded weights, the command that a user types. T5's are of its own initialisation, which gives attention's
+One T5-XXL block (fp32 and int8), one pair of STDiT3-XL blocks on 68 frames of 256x256 pixels (plain and merged), both
+parts of the video decoder; seeded weights, the command that a user types. Programs for Core ML are computed by the
+tests' interpreter. T5's are of its own initialisation, which gives attention's
 scores the size that training starts from: it does not divide them by the root of the head's width, and weights that
 keep every signal's size (`random:SEED`) would make a softmax of nearly one token out of each row, in which the error of
 an int8 score is as large as the score. It takes 10 GB of memory and of build/full_width.
@@ -26,22 +27,28 @@ import yaml
 from make_checkpoint import TOKENIZER, TOKENIZER_FILES, config_of
 from rich.console import Console
 from rich.table import Table
-from torch import nn
+from torch import fx, nn
 from transformers import T5Config, T5EncoderModel
 
-from movdc.compiler.spec import VideoSpec
+from movdc.compiler.device import read_profiles
+from movdc.compiler.pass_base import run_passes
+from movdc.compiler.spec import VideoSpec, load_spec
 from movdc.compiler.weights import RandomSource
-from movdc.models.opensora import Denoiser, TextEncoder
+from movdc.models.opensora import Denoiser, OpenSora, TextEncoder
 from movdc.models.opensora_vae import OpenSoraVAEConfig, SpatialDecode, SpatialVAEConfig, TemporalDecode
 from movdc.models.stdit3 import STDiT3Config
+from movdc.passes.merge_tokens import MergeTokens
 from movdc.runtime.bundle import Bundle
 from movdc.runtime.executors import Array, open_executor
+from movdc.targets.null import Null
 
-FOLDER = Path(__file__).parents[1] / "build" / "full_width"
+REPOSITORY = Path(__file__).parents[1]
+FOLDER = REPOSITORY / "build" / "full_width"
 SEED, TOKENS, PROMPT_TOKENS = 0, 300, 40
 VIDEO = VideoSpec(frames=68, height=256, width=256, fps=24)
 TEXT = config_of("text_encoder") | {"num_layers": 1}
 DENOISER = config_of("denoiser") | {"depth": 1}
+MERGING = MergeTokens(steps=15)
 VAE = config_of("vae") | {"spatial": asdict(SpatialVAEConfig())}
 
 
@@ -92,17 +99,48 @@ def eager(module: nn.Module, inputs: Mapping[str, Array]) -> Array:
     return result
 
 
+def merged(root: Path, inputs: Mapping[str, Array]) -> Array:
+    """What PyTorch makes of the denoiser's merged variant, which is a graph that merge-tokens made, and no module."""
+    spec_file = load_spec(root.with_suffix(".yaml"))
+    profile = read_profiles(REPOSITORY / "targets" / "devices.toml")[spec_file.spec.device]
+    traced = OpenSora().trace(spec_file, Null().machine(profile, None), OpenSora().micro_batches[0])
+    program = run_passes(traced, [MERGING])
+    (graph,) = (one for stage, variant, one in program.graphs() if (stage, variant) == ("denoiser", "merged"))
+    values = [
+        graph.weights[node.name].read() if node.name in graph.weights else torch.from_numpy(inputs[node.name])
+        for node in graph.graph.find_nodes(op="placeholder")
+    ]
+    with torch.inference_mode():
+        (velocity,) = fx.Interpreter(fx.GraphModule(nn.Module(), graph.graph)).run(*values)
+    result: Array = velocity.numpy()
+    return result
+
+
+def run(root: Path, stage: str, variant: str, inputs: Mapping[str, Array]) -> Array:
+    """What a bundle makes of a stage's inputs, by its target's executor or, for Core ML, by an interpreter."""
+    bundle = Bundle.read(root)
+    if "coreml" in bundle.manifest.target:
+        from mil_stages import MilStages
+
+        (result,) = MilStages(bundle).run(stage, variant, inputs).values()
+    else:
+        (result,) = open_executor(bundle).run(stage, variant, inputs).values()
+    return result
+
+
 def text_inputs(random: np.random.Generator) -> dict[str, Array]:
     """A prompt of 40 tokens."""
     mask = (np.arange(TOKENS) < PROMPT_TOKENS)[None].astype(np.float32)
     return {"input_ids": random.integers(3, 32000, (1, TOKENS)), "text_mask": mask}
 
 
-def main(target: Annotated[str, typer.Option(help="One that runs here.")] = "executorch-xnnpack") -> None:
+def main(
+    target: Annotated[str, typer.Option(help="One that runs here, or one for Core ML.")] = "executorch-xnnpack",
+) -> None:
     """Compile twice, run each stage and print how far it is from eager."""
     console = Console(width=120)
     checkpoint = t5_folder()
-    fp32 = compiled("fp32", target, checkpoint, {"merge-tokens": {"steps": 15}})
+    fp32 = compiled("fp32", target, checkpoint, {"merge-tokens": {"steps": MERGING.steps}})
     int8 = compiled("int8", target, checkpoint, {"quantize-int8": {"stages": ["text_encoder"]}})
     random = np.random.default_rng(SEED)
 
@@ -128,15 +166,16 @@ def main(target: Annotated[str, typer.Option(help="One that runs here.")] = "exe
     temporal, spatial = seeded(TemporalDecode(vae, 17), ""), seeded(SpatialDecode(vae), "")
     in_time, in_space = {"latents": normal(1, 4, 5, 32, 32)}, {"frames": normal(4, 4, 32, 32)}
     cases = (
-        ("T5-XXL block, fp32", fp32, "text_encoder", "plain", encoder, text),
-        ("T5-XXL block, int8", int8, "text_encoder", "plain", encoder, text),
-        ("STDiT3-XL, a spatial and a temporal block", fp32, "denoiser", "plain", denoiser, evaluation),
-        ("VAE in time, 17 frames", fp32, "vae_temporal", "frames17", temporal, in_time),
-        ("VAE in space, 4 frames", fp32, "vae_spatial", "plain", spatial, in_space),
+        ("T5-XXL block, fp32", fp32, "text_encoder", "plain", eager(encoder, text), text),
+        ("T5-XXL block, int8", int8, "text_encoder", "plain", eager(encoder, text), text),
+        ("STDiT3-XL, a spatial and a temporal block", fp32, "denoiser", "plain", eager(denoiser, evaluation), evaluation),
+        ("the same, merged", fp32, "denoiser", "merged", merged(fp32, evaluation), evaluation),
+        ("VAE in time, 17 frames", fp32, "vae_temporal", "frames17", eager(temporal, in_time), in_time),
+        ("VAE in space, 4 frames", fp32, "vae_spatial", "plain", eager(spatial, in_space), in_space),
     )
-    for name, root, stage, variant, module, inputs in cases:
-        wanted = eager(module, inputs).ravel()
-        (made,) = (array.ravel() for array in open_executor(Bundle.read(root)).run(stage, variant, inputs).values())
+    for name, root, stage, variant, expected, inputs in cases:
+        made = run(root, stage, variant, inputs).ravel()
+        wanted = expected.ravel()
         if stage == "text_encoder":  # padded positions are nobody's
             wanted, made = (array[: PROMPT_TOKENS * TEXT["d_model"]] for array in (wanted, made))
         error = np.linalg.norm(made - wanted) / np.linalg.norm(wanted)

@@ -26,7 +26,7 @@ from movdc.compiler.residency import Chain, first_needs_bytes, most_bytes
 from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import Partition, TensorSpec
 from movdc.runtime.simulate import Call, Simulator
-from movdc.runtime.timeline import StageTimes, stage_times
+from movdc.runtime.timeline import Report, stage_times
 
 SLACK, MOST_WEIGHT_BYTES = 0.1, 512 * 10**6  # the defaults of the pass partition
 NODES = 14  # of a layer, about
@@ -61,7 +61,7 @@ class StageFit:
     programs: int
     weight_bytes: int
     peak_bytes: int
-    times: StageTimes
+    times: Report
     bound_s: float  # of all calls, that no plan can beat
 
 

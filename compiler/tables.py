@@ -18,13 +18,12 @@ from movdc.compiler.units import format_bytes
 from movdc.runtime.bundle import LayerError, Manifest, Variant
 from movdc.runtime.sampler import Trajectory
 from movdc.runtime.simulate import Simulator, calls_of
-from movdc.runtime.timeline import StageTimes
+from movdc.runtime.timeline import Report
 
 if TYPE_CHECKING:
     from movdc.compiler.device import DeviceProfile, Machine
     from movdc.compiler.fit import Choice, Fit
     from movdc.compiler.offers import Offer
-    from movdc.runtime.executors import Report
     from movdc.runtime.rates import Rates
     from movdc.runtime.replay import Finding
     from movdc.runtime.straightness import Straightness
@@ -45,7 +44,7 @@ def print_trajectory(console: Console, trajectory: Trajectory) -> None:
     console.print(f"cosine of the drift with the one before, by step: {cosines}", highlight=False, soft_wrap=True)
 
 
-def print_reports(console: Console, reports: Mapping[str, Sequence[Report | StageTimes]]) -> None:
+def print_reports(console: Console, reports: Mapping[str, Sequence[Report]]) -> None:
     """What each stage took on both lanes, and what it held."""
     table = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     for column in ("stage", "calls", "wall", "loads", "runs", "waits", "hidden", "peak", "stay", "read"):
@@ -57,10 +56,8 @@ def print_reports(console: Console, reports: Mapping[str, Sequence[Report | Stag
         hidden = f"{max(0.0, 1 - wait_s / load_s):.0%}" if load_s > 0 else "-"  # of loading, behind running
         times = (f"{seconds:.2f} s" for seconds in (wall_s, load_s, run_s, wait_s))
         peak, read = max(one.peak_bytes for one in some), sum(one.read_bytes for one in some)
-        last = some[-1]
-        calls, stay = (
-            (str(last.calls), "-") if isinstance(last, StageTimes) else (str(len(some)), str(len(last.pinned)))
-        )
+        calls, pinned = str(sum(one.calls for one in some)), some[-1].pinned
+        stay = "-" if pinned is None else str(len(pinned))
         table.add_row(stage, calls, *times, hidden, format_bytes(peak), stay, format_bytes(read))
     Console(width=max(console.width, _COLUMNS)).print(table)
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from movdc.runtime import _engine
-from movdc.runtime._engine import RunReport
 from movdc.runtime.bundle import NUMPY_DTYPES, Bundle
 from movdc.runtime.errors import BudgetError, BundleError, CancelledError, InputError, PartitionError
 from movdc.runtime.executors import Array, Mode, Pressure, checked_inputs
+from movdc.runtime.timeline import Report
 
 _MODES: dict[Mode, _engine.Mode] = {
     "sequential": _engine.Mode.sequential,
@@ -43,7 +43,7 @@ class Executor:
     ) -> None:
         self._bundle = bundle
         self._own_folder = tempfile.TemporaryDirectory(prefix="movdc-") if packed_cache is None else None
-        self.reports: dict[str, list[RunReport]] = {}  # of every run, by stage
+        self.reports: dict[str, list[Report]] = {}  # of every run, by stage
         options = _engine.Options(
             mode=_MODES[mode],
             budget_bytes=bundle.manifest.budget_bytes if memory_budget is None else memory_budget,
@@ -74,7 +74,17 @@ class Executor:
         outputs = {spec.name: np.empty(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in plan.outputs}
         with self._errors():
             self._engine.run(stage, variant, prepared, outputs, then or "")
-            self.reports.setdefault(stage, []).append(self._engine.report(stage))
+            made = self._engine.report(stage)
+        report = Report(
+            wall_s=made.wall_s,
+            load_s=made.load_s,
+            run_s=made.run_s,
+            wait_s=made.wait_s,
+            peak_bytes=made.peak_bytes,
+            read_bytes=made.read_bytes,
+            pinned=tuple(made.pinned),
+        )
+        self.reports.setdefault(stage, []).append(report)
         return outputs
 
     def run_partition(self, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:

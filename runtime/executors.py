@@ -11,30 +11,12 @@ import numpy as np
 
 from movdc.runtime.bundle import NUMPY_DTYPES, Bundle, TensorSpec
 from movdc.runtime.errors import InputError, RunError
+from movdc.runtime.timeline import Report
 
 Array = np.ndarray[Any, Any]
 Mode = Literal["sequential", "concurrent", "dynamic"]
 MODES: tuple[Mode, ...] = get_args(Mode)
 Pressure = Literal["warning", "critical"]
-
-
-class Report(Protocol):
-    """What one run of a stage did; loads for the next run that happened meanwhile are counted here."""
-
-    @property
-    def wall_s(self) -> float: ...
-    @property
-    def load_s(self) -> float: ...
-    @property
-    def run_s(self) -> float: ...
-    @property
-    def wait_s(self) -> float: ...
-    @property
-    def peak_bytes(self) -> int: ...
-    @property
-    def read_bytes(self) -> int: ...
-    @property
-    def pinned(self) -> Sequence[str]: ...
 
 
 class AnyExecutor(Protocol):

@@ -6,7 +6,6 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -18,22 +17,10 @@ from movdc.runtime.errors import BudgetError
 from movdc.runtime.executors import Array, Mode, Pressure, checked_inputs
 from movdc.runtime.loader import Loader
 from movdc.runtime.onnx_partition import OnnxPartition
+from movdc.runtime.timeline import Report
 from movdc.runtime.trace import Trace
 
 _SAFETY = 0.05  # of the memory that is left, which no level but the first counts on: others take some meanwhile
-
-
-@dataclass(frozen=True)
-class RunReport:
-    """What the last run of a stage did; loads for the next run that happened meanwhile are counted here."""
-
-    wall_s: float
-    load_s: float
-    run_s: float
-    wait_s: float
-    peak_bytes: int
-    read_bytes: int
-    pinned: tuple[str, ...]
 
 
 class OnnxExecutor:
@@ -68,7 +55,7 @@ class OnnxExecutor:
         self._relieved = threading.Event()  # pressure that has not been acted on
         self._is_running = False
         self.peak_bytes = 0  # the most bytes held by the books in any run so far
-        self.reports: dict[str, list[RunReport]] = {}  # of every run, by stage
+        self.reports: dict[str, list[Report]] = {}  # of every run, by stage
 
     def read_file(self, path: str) -> bytes:
         """The checked bytes of a file of the bundle."""
@@ -103,7 +90,7 @@ class OnnxExecutor:
             load_s, run_s, wait_s = (
                 self._trace.seconds[what] - before.get(what, 0.0) for what in ("load", "run", "wait")
             )
-            report = RunReport(
+            report = Report(
                 wall_s=time.perf_counter() - start_s,
                 load_s=load_s,
                 run_s=run_s,

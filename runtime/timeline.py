@@ -43,33 +43,34 @@ class Event:
 
 
 @dataclass(frozen=True)
-class StageTimes:
-    """The sums of one stage, under the names of the engine's own report."""
+class Report:
+    """What a stage did in one call or in several; loads for the call after that happened meanwhile are counted."""
 
-    calls: int
     wall_s: float
     load_s: float
     run_s: float
     wait_s: float
     peak_bytes: int
     read_bytes: int
+    calls: int = 1
+    pinned: tuple[str, ...] | None = None  # what stays loaded; None where only events are known
 
 
-def stage_times(events: Sequence[Event]) -> dict[str, StageTimes]:
+def stage_times(events: Sequence[Event]) -> dict[str, Report]:
     """What each stage took, in the order in which they ran."""
     found = {}
     for stage in dict.fromkeys(event.stage for event in events):
         own = [event for event in events if event.stage == stage]
         seconds = {what: sum(one.duration_s for one in own if one.what == what) for what in ("load", "run", "wait")}
         runs = [one.partition for one in own if one.what == "run"]
-        found[stage] = StageTimes(
-            calls=sum(name.endswith(".0") for name in runs),
+        found[stage] = Report(
             wall_s=max(one.end_s for one in own) - min(one.start_s for one in own),
             load_s=seconds["load"],
             run_s=seconds["run"],
             wait_s=seconds["wait"],
             peak_bytes=max(one.held_bytes for one in own),
             read_bytes=sum(one.bytes for one in own if one.what in ("read", "verify")),
+            calls=sum(name.endswith(".0") for name in runs),
         )
     return found
 

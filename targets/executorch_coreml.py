@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import io
 import logging
 import mmap
 import re
@@ -11,6 +12,7 @@ import shutil
 import uuid
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -74,7 +76,7 @@ class ExecutorchCoreml(Target):
             compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
             pass_names=[name for name in ct.PassPipeline.DEFAULT.passes if name not in FOLDING],
         )
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it shows bars of its progress
             warnings.simplefilter("ignore")
             exported = exported_piece(piece, directory)
             edge = to_edge_transform_and_lower(exported, partitioner=[CoreMLPartitioner(compile_specs=specs)])

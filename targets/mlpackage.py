@@ -16,6 +16,7 @@ from movdc.compiler.errors import MovdcError
 from movdc.compiler.folders import make_parent
 from movdc.compiler.hashed_file import HashedFile
 from movdc.runtime.bundle import MANIFEST, Bundle, Partition
+from movdc.targets.coreml import Coreml
 from movdc.targets.mil import BLOB_FOLDER, values_of
 from movdc.targets.mil_blobs import RECORD_BYTES, aligned, header, record
 
@@ -35,6 +36,7 @@ def write_packages(bundle: Bundle, out: Path) -> int:
         raise MovdcError(f"{bundle.root}: is for {target}; packages are made of bundles compiled with --target coreml")
     if out.exists():
         raise MovdcError(f"{out}: exists; choose another -o, or remove it")
+    Coreml().versions()  # says what to install where it is missing
     for name in ("coremltools", "torch", "torchao"):  # what they lack is nothing that packages need
         logging.getLogger(name).setLevel(logging.ERROR)
     groups = _groups(bundle)

@@ -14,7 +14,7 @@ from movdc.compiler.folders import place
 from movdc.compiler.target import Slot
 from movdc.compiler.weights import RandomSource
 from movdc.compiler.weights_files import WantedFile, make_files
-from movdc.targets.executorch_xnnpack import ExecutorchXnnpack
+from movdc.targets.null import Null
 
 
 def _put(cache: CompileCache, name: str, size_bytes: int = 10) -> str:
@@ -139,5 +139,5 @@ def test_weights_that_the_disk_has_no_room_for_are_refused_before_any_is_written
     with open_cache(tmp_path) as cache:
         file = WantedFile("weights-a", [slot], {"weight": ref})
         with pytest.raises(MovdcError, match=r"take 4294967296\.00 GiB more, .* are free; free some"):
-            make_files([file], ExecutorchXnnpack(), cache, 1, lambda done, total: None)
+            make_files([file], Null(), cache, 1, lambda done, total: None)
         assert list(cache.work.iterdir()) == []

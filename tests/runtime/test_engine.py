@@ -5,14 +5,13 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from denoiser import WATCHDOG_S, Denoiser, damage, in_time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,26 +21,7 @@ from movdc.runtime.errors import BudgetError, BundleError, CancelledError, Input
 from movdc.runtime.executor import Executor
 
 pytestmark = pytest.mark.slow
-WATCHDOG_S = 60
 PLENTY_BYTES = 10**9
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True)
-class Denoiser:
-    """The example's denoiser with inputs that do not matter, and what it makes of them."""
-
-    bundle: Bundle
-    inputs: dict[str, Array]
-    expected: Array
-
-    def runs(self, executor: Executor, count: int) -> list[bool]:
-        """Whether each of so many runs gives the expected bits."""
-        made = []
-        for index in range(count):
-            then = "plain" if index + 1 < count else None
-            made.append(executor.run("denoiser", "plain", self.inputs, then)["velocity"])
-        return [np.array_equal(one, self.expected) for one in made]
 
 
 @pytest.fixture(scope="module")
@@ -51,16 +31,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def denoiser(bundle: Path) -> Denoiser:
-    read = Bundle.read(bundle)
-    generator = np.random.default_rng(0)
-    inputs = {
-        spec.name: generator.standard_normal(spec.shape).astype(NUMPY_DTYPES[spec.dtype])
-        for spec in read.stages["denoiser"].variants["plain"].inputs
-    }
-    inputs["text_mask"] = np.ones_like(inputs["text_mask"])
-    expected = Executor(read, mode="sequential").run("denoiser", "plain", inputs)["velocity"]
-    assert np.isfinite(expected).all()
-    return Denoiser(read, inputs, expected)
+    return Denoiser.of(bundle)
 
 
 def test_partitions_by_themselves_make_what_the_stage_makes(denoiser: Denoiser, packed: Path) -> None:
@@ -74,23 +45,6 @@ def test_partitions_by_themselves_make_what_the_stage_makes(denoiser: Denoiser, 
     with pytest.raises(InputError, match="'timestep' is missing"):
         executor.run_partition("denoiser.plain.0", {"latents": denoiser.inputs["latents"]})
     assert all(denoiser.runs(executor, 2))  # and leaves nothing behind that a stage would mind
-
-
-def _in_time(work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises; a run that hangs fails the test."""
-    ended: list[Any] = []
-
-    def attempt() -> None:
-        try:
-            ended.append(work())
-        except RunError as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(WATCHDOG_S)
-    assert ended, "the engine hangs, or failed without a typed error"
-    return ended[0]
 
 
 def _rewrite(root: Path, manifest: Manifest) -> Bundle:
@@ -143,7 +97,7 @@ def test_the_bits_are_the_same_whatever_stays_and_loads_ahead(
 
     presser = threading.Thread(target=press)
     presser.start()
-    assert all(_in_time(lambda: denoiser.runs(executor, 3)))
+    assert all(in_time(lambda: denoiser.runs(executor, 3)))
     presser.join()
     assert executor.peak_bytes <= budget_bytes
 
@@ -208,11 +162,11 @@ def test_a_run_is_cancelled_at_any_moment_and_the_next_one_is_whole(denoiser: De
     for delay_s in np.linspace(0, 0.08, 20):
         timer = threading.Timer(float(delay_s), executor.cancel)
         timer.start()
-        ended = _in_time(lambda: denoiser.runs(executor, 2))
+        ended = in_time(lambda: denoiser.runs(executor, 2))
         timer.join()
         cancelled += isinstance(ended, CancelledError)
         assert isinstance(ended, CancelledError) or all(ended)
-        assert all(_in_time(lambda: denoiser.runs(executor, 1)))
+        assert all(in_time(lambda: denoiser.runs(executor, 1)))
     assert cancelled > 0
 
 
@@ -220,19 +174,6 @@ def test_a_run_is_cancelled_at_any_moment_and_the_next_one_is_whole(denoiser: De
 def copy(bundle: Path, tmp_path: Path) -> Path:
     shutil.copytree(bundle, tmp_path / "copy")
     return tmp_path / "copy"
-
-
-def _damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "disappears":
-        path.unlink()
-    elif how == "shrinks":
-        with path.open("r+b") as file:
-            file.truncate(len(data) // 2)
-    else:
-        with path.open("r+b") as file:
-            file.seek(len(data) // 2)
-            file.write(bytes(255 - byte for byte in data[len(data) // 2 : len(data) // 2 + 64]))
 
 
 @pytest.mark.parametrize("how", ["disappears", "shrinks", "changes"])
@@ -244,8 +185,8 @@ def test_a_file_that_fails_between_two_runs_is_a_typed_error_or_harms_nothing(
     executor = Executor(Bundle.read(copy), mode=mode, memory_budget=PLENTY_BYTES)
     assert denoiser.runs(executor, 1) == [True]
     second = Bundle.read(copy).partitions["denoiser.plain.1"]
-    _damage(copy / (second.program if what == "program" else second.weights[0]), how)
-    ended = _in_time(lambda: denoiser.runs(executor, 2))
+    damage(copy / (second.program if what == "program" else second.weights[0]), how)
+    ended = in_time(lambda: denoiser.runs(executor, 2))
     if isinstance(ended, RunError):
         assert isinstance(ended, BundleError)
         assert Path(second.program).name in str(ended) or Path(second.weights[0]).name in str(ended)
@@ -261,7 +202,7 @@ def test_a_program_that_cannot_be_initialised_is_named_and_nothing_stays(denoise
     partitions = tuple(broken if one is second else one for one in manifest.partitions)
     executor = Executor(_rewrite(copy, manifest.model_copy(update={"partitions": partitions})))
     for _ in range(3):
-        ended = _in_time(lambda: denoiser.runs(executor, 1))
+        ended = in_time(lambda: denoiser.runs(executor, 1))
         assert isinstance(ended, RunError)
         assert "denoiser.plain.1: initialising the program failed" in str(ended)
 
@@ -283,7 +224,7 @@ def test_two_engines_run_at_once(denoiser: Denoiser, packed: Path) -> None:
 def test_packed_weights_that_are_damaged_or_deleted_are_made_again(denoiser: Denoiser, tmp_path: Path) -> None:
     assert denoiser.runs(Executor(denoiser.bundle, packed_cache=tmp_path), 1) == [True]
     first, second, *_ = files = sorted(tmp_path.glob("*.packed"))
-    _damage(first, "changes")
+    damage(first, "changes")
     second.unlink()
     assert denoiser.runs(Executor(denoiser.bundle, packed_cache=tmp_path), 2) == [True, True]
     assert sorted(tmp_path.glob("*")) == files

@@ -5,7 +5,6 @@ import shutil
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from denoiser import Denoiser, damage, in_time
 from lowered_onnx import run
 from torch import Tensor, fx, nn
 
@@ -33,8 +33,6 @@ pytestmark = pytest.mark.slow
 MAX_ERROR = 1e-4
 MIN_PSNR_DB = 40
 PLENTY_BYTES = 10**9
-WATCHDOG_S = 60
-Array = np.ndarray[Any, Any]
 
 
 class Recording(fx.Interpreter):
@@ -102,52 +100,9 @@ def test_its_video_is_that_of_executorch(onnx_bundle: Path, bundle: Path) -> Non
     assert psnr_db >= MIN_PSNR_DB
 
 
-@dataclass(frozen=True)
-class Denoiser:
-    """The example's denoiser with inputs that do not matter, and what it makes of them."""
-
-    bundle: Bundle
-    inputs: dict[str, Array]
-    expected: Array
-
-    def runs(self, executor: OnnxExecutor, count: int) -> list[bool]:
-        """Whether each of so many runs gives the expected bits."""
-        made = []
-        for index in range(count):
-            then = "plain" if index + 1 < count else None
-            made.append(executor.run("denoiser", "plain", self.inputs, then)["velocity"])
-        return [np.array_equal(one, self.expected) for one in made]
-
-
 @pytest.fixture(scope="module")
 def denoiser(onnx_bundle: Path) -> Denoiser:
-    read = Bundle.read(onnx_bundle)
-    generator = np.random.default_rng(0)
-    inputs = {
-        spec.name: generator.standard_normal(spec.shape).astype(NUMPY_DTYPES[spec.dtype])
-        for spec in read.stages["denoiser"].variants["plain"].inputs
-    }
-    inputs["text_mask"] = np.ones_like(inputs["text_mask"])
-    expected = OnnxExecutor(read, mode="sequential").run("denoiser", "plain", inputs)["velocity"]
-    assert np.isfinite(expected).all()
-    return Denoiser(read, inputs, expected)
-
-
-def _in_time(work: Callable[[], Any]) -> Any:
-    """What `work` returns or raises; a run that hangs fails the test."""
-    ended: list[Any] = []
-
-    def attempt() -> None:
-        try:
-            ended.append(work())
-        except RunError as error:
-            ended.append(error)
-
-    thread = threading.Thread(target=attempt, daemon=True)
-    thread.start()
-    thread.join(WATCHDOG_S)
-    assert ended, "the executor hangs, or failed without a typed error"
-    return ended[0]
+    return Denoiser.of(onnx_bundle)
 
 
 @pytest.mark.parametrize("mode", ["sequential", "concurrent", "dynamic"])
@@ -198,11 +153,11 @@ def test_a_run_is_cancelled_at_any_moment_and_the_next_one_is_whole(denoiser: De
     for delay_s in np.linspace(0, 0.08, 8):
         timer = threading.Timer(float(delay_s), executor.cancel)
         timer.start()
-        ended = _in_time(lambda: denoiser.runs(executor, 2))
+        ended = in_time(lambda: denoiser.runs(executor, 2))
         timer.join()
         cancelled += isinstance(ended, CancelledError)
         assert isinstance(ended, CancelledError) or all(ended)
-        assert all(_in_time(lambda: denoiser.runs(executor, 1)))
+        assert all(in_time(lambda: denoiser.runs(executor, 1)))
     assert cancelled > 0
 
 
@@ -227,26 +182,13 @@ def test_a_file_that_fails_between_two_runs_is_a_typed_error_or_harms_nothing(
     executor = OnnxExecutor(Bundle.read(copy), mode="concurrent")
     assert denoiser.runs(executor, 1) == [True]
     second = Bundle.read(copy).partitions["denoiser.plain.1"]
-    _damage(copy / (second.program if what == "program" else second.weights[0]), how)
-    ended = _in_time(lambda: denoiser.runs(executor, 2))
+    damage(copy / (second.program if what == "program" else second.weights[0]), how)
+    ended = in_time(lambda: denoiser.runs(executor, 2))
     if isinstance(ended, RunError):
         assert isinstance(ended, BundleError)
         assert Path(second.weights[0]).name in str(ended)
     else:
         assert all(ended)  # what is prepared needs the file no more
-
-
-def _damage(path: Path, how: str) -> None:
-    data = path.read_bytes()
-    if how == "disappears":
-        path.unlink()
-    elif how == "shrinks":
-        with path.open("r+b") as file:
-            file.truncate(len(data) // 2)
-    else:
-        with path.open("r+b") as file:
-            file.seek(len(data) // 2)
-            file.write(bytes(255 - byte for byte in data[len(data) // 2 : len(data) // 2 + 64]))
 
 
 @pytest.mark.parametrize("how", ["disappears", "shrinks", "changes"])
@@ -255,7 +197,7 @@ def test_a_wrong_file_is_refused_with_its_name(copy: Path, how: str, what: str) 
     bundle = Bundle.read(copy)
     one = bundle.partitions["denoiser.plain.1"]
     path = one.program if what == "program" else one.weights[0]
-    _damage(copy / path, how)
+    damage(copy / path, how)
     with pytest.raises(BundleError, match=Path(path).name):
         OnnxExecutor(bundle)
 

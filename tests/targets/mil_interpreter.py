@@ -5,6 +5,7 @@ Each operator is written down from the MIL specification and computed by torch, 
 
 from __future__ import annotations
 
+import json
 import mmap
 import struct
 from collections.abc import Callable, Mapping
@@ -45,11 +46,15 @@ class Package:
         """The outputs of a function, in their order."""
         (block,) = self.spec.mlProgram.functions[function].block_specializations.values()
         values: dict[str, Any] = dict(inputs)
-        for operation in block.operations:
+        last_reads = {name: index for index, one in enumerate(block.operations) for name in _reads(one)}
+        for index, operation in enumerate(block.operations):
             outputs = self._compute(operation, values)
             for output, result in zip(operation.outputs, outputs, strict=True):
                 _check(operation, output, result)
                 values[output.name] = result
+            for name in _reads(operation):
+                if last_reads[name] == index and name not in block.outputs:
+                    del values[name]  # at full width a block's values would take tens of gigabytes
         return [values[name] for name in block.outputs]
 
     def constant(self, value: Any) -> Any:
@@ -94,6 +99,12 @@ class Package:
         return list(result) if isinstance(result, (list, tuple)) else [result]
 
 
+def _reads(operation: Any) -> set[str]:
+    """The names of the values that an operation reads."""
+    bound = (one for argument in operation.inputs.values() for one in argument.arguments)
+    return {one.name for one in bound if one.WhichOneof("binding") == "name"}
+
+
 def _check(operation: Any, output: Any, result: Any) -> None:
     """What is computed has the type and the shape that the program says."""
     if isinstance(result, Tensor):
@@ -101,6 +112,21 @@ def _check(operation: Any, output: Any, result: Any) -> None:
         shape = [dimension.constant.size for dimension in kind.dimensions]
         said, made = (DTYPES[kind.dataType], shape), (result.dtype, list(result.shape))
         assert said == made, f"{operation.type} {output.name} is {said}, computed {made}"
+
+
+def delegated(program: Path, folder: Path) -> tuple[Package, dict[str, Any]]:
+    """The package of a .pte that Core ML runs whole, laid out in a folder, with its identifier and order of inputs."""
+    from executorch.backends.apple.coreml import executorchcoreml
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    file = deserialize_pte_binary(program.read_bytes())
+    plan = file.program.execution_plan[0]
+    (delegate,) = plan.delegates
+    assert delegate.id == "CoreMLBackend"
+    data = file.program.backend_delegate_data[delegate.processed.index].data
+    assert executorchcoreml.unflatten_directory_contents(data, str(folder))
+    (found,), (metadata,) = folder.rglob("model.mlpackage"), folder.rglob("metadata.json")
+    return Package(found), json.loads(metadata.read_text())
 
 
 def _ints(tensor: Tensor) -> list[int]:

@@ -1,19 +1,18 @@
 """ExecuTorch with Core ML: what the delegate gets is a whole partition, with the weights of that partition."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-from executorch.backends.apple.coreml import executorchcoreml
-from executorch.exir._serialize._program import deserialize_pte_binary
-from mil_interpreter import DTYPES, Package
+from mil_interpreter import DTYPES, Package, delegated
 from torch import Tensor
 
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact
 from movdc.targets.executorch_coreml import ExecutorchCoreml
 
+Delegate = tuple[Package, dict[str, Any]]
 pytestmark = pytest.mark.slow  # a conversion takes seconds
 TOLERANCE = 1e-4  # relative L2 error of fp32 against eager
 TARGET = ExecutorchCoreml()
@@ -39,32 +38,17 @@ def packages(
     names: tuple[str, str],
     artifact: Artifact,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, Path]:
-    """The folder of what the delegate of each of the two gets."""
-    folders = {}
+) -> dict[str, Delegate]:
+    """What the delegate of each of the two gets."""
+    found = {}
     for name in names:
         root = tmp_path_factory.mktemp(name)
         refs = {weight.name: weight.ref for weight in coreml_pieces[name].weights}
         written = TARGET.fill(artifact.program, artifact.slots, refs, root / "program.pte")
         assert not written.constants
-        folders[name] = root / "delegate"
-        folders[name].mkdir()
-        (delegate,) = _delegates((root / "program.pte").read_bytes())
-        assert executorchcoreml.unflatten_directory_contents(delegate, str(folders[name]))
-    return folders
-
-
-def _delegates(program: bytes) -> list[bytes]:
-    """The data of each delegate of a .pte file."""
-    file = deserialize_pte_binary(program)
-    plan = file.program.execution_plan[0]
-    assert {delegate.id for delegate in plan.delegates} == {"CoreMLBackend"}
-    return [file.program.backend_delegate_data[one.processed.index].data for one in plan.delegates]
-
-
-def _package(folder: Path) -> Package:
-    (found,) = folder.rglob("model.mlpackage")
-    return Package(found)
+        (root / "delegate").mkdir()
+        found[name] = delegated(root / "program.pte", root / "delegate")
+    return found
 
 
 def test_whole_partition_is_delegated(artifact: Artifact) -> None:
@@ -73,17 +57,15 @@ def test_whole_partition_is_delegated(artifact: Artifact) -> None:
 
 
 def test_delegate_computes_what_eager_does(
-    packages: dict[str, Path],
+    packages: dict[str, Delegate],
     coreml_pieces: dict[str, Piece],
     random_inputs: Callable[[Piece], list[Tensor]],
     run_eagerly: Callable[..., list[Tensor]],
 ) -> None:
     results = []
-    for name, folder in packages.items():
-        piece, package = coreml_pieces[name], _package(folder)
-        inputs = random_inputs(piece)
-        (metadata,) = folder.rglob("metadata.json")
-        order = json.loads(metadata.read_text())["inputNames"]
+    for name, (package, metadata) in packages.items():
+        piece = coreml_pieces[name]
+        inputs, order = random_inputs(piece), metadata["inputNames"]
         for got, wanted in zip(
             package.run(dict(zip(order, inputs, strict=True))), run_eagerly(piece, inputs), strict=True
         ):
@@ -92,12 +74,8 @@ def test_delegate_computes_what_eager_does(
     assert float((results[0] - results[1]).norm() / results[0].norm()) > 100 * TOLERANCE, "they differ in weights"
 
 
-def test_each_partition_has_an_identifier_of_its_own(packages: dict[str, Path]) -> None:
-    identifiers = {
-        json.loads(path.read_text())["identifier"]
-        for folder in packages.values()
-        for path in folder.rglob("metadata.json")
-    }
+def test_each_partition_has_an_identifier_of_its_own(packages: dict[str, Delegate]) -> None:
+    identifiers = {metadata["identifier"] for _, metadata in packages.values()}
     assert len(identifiers) == 2, "Core ML's compiled models are kept by it"
 
 
@@ -109,8 +87,8 @@ def test_same_weights_give_the_same_program(
     assert made[0] == made[1]
 
 
-def test_package_is_what_ios_18_takes(packages: dict[str, Path]) -> None:
-    package = _package(next(iter(packages.values())))
+def test_package_is_what_ios_18_takes(packages: dict[str, Delegate]) -> None:
+    package, _ = next(iter(packages.values()))
     for operation in package.operations("main"):
         for output in operation.outputs:
             assert output.type.tensorType.rank <= 5
