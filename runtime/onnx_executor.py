@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 from collections.abc import Mapping
@@ -20,6 +21,8 @@ from movdc.runtime.onnx_partition import OnnxPartition
 from movdc.runtime.timeline import Report
 from movdc.runtime.trace import Trace
 
+_M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
+_MAPPED_BYTES = 64 << 10  # as in the engine (engine/partition.cpp)
 _SAFETY = 0.05  # of the memory that is left, which no level but the first counts on: others take some meanwhile
 
 
@@ -33,6 +36,7 @@ class OnnxExecutor:
     def __init__(
         self, bundle: Bundle, *, mode: Mode = "dynamic", memory_budget: int | None = None, keeps_trace: bool = False
     ) -> None:
+        _return_freed_memory()
         manifest = bundle.manifest
         self._bundle = bundle
         self._mode = mode
@@ -269,3 +273,9 @@ class OnnxExecutor:
         self._books.give(self._lasting_bytes)
         self._lasting_bytes = 0
         self._planned_for = None
+
+
+def _return_freed_memory() -> None:
+    """Have glibc give what is freed back to the system: it kept half of what this executor's books say in its heap."""
+    if hasattr(library := ctypes.CDLL(None), "mallopt"):
+        library.mallopt(_M_MMAP_THRESHOLD, _MAPPED_BYTES)

@@ -38,14 +38,14 @@ import sys
 from pathlib import Path
 import numpy as np
 from movdc.runtime.bundle import NUMPY_DTYPES, Bundle
-from movdc.runtime.executor import Executor
+from movdc.runtime.executors import open_executor
 
 def status(name):
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return int(lines[name].split()[0]) * 1024
 
 bundle = Bundle.read(Path(sys.argv[1]))
-executor = Executor(bundle, packed_cache=Path(sys.argv[2]))
+executor = open_executor(bundle, packed_cache=Path(sys.argv[2]))
 def ones(stage):
     specs = bundle.stages[stage].variants["plain"].inputs
     return {spec.name: np.ones(spec.shape, NUMPY_DTYPES[spec.dtype]) for spec in specs}
@@ -101,11 +101,17 @@ def test_a_run_fits_into_the_idle_process_and_the_certificate(bundle: Path, grou
         assert clip.stat().st_size > 0
 
 
+def _share_bytes(root: Path, packed: Path) -> int:
+    command = [sys.executable, "-c", SHARE, str(root), str(packed)]
+    return int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+
+
 def test_the_certificate_is_close_to_what_is_held(bundle: Path, tmp_path: Path) -> None:
     variant = Bundle.read(bundle).stages["denoiser"].variants["plain"]
-    shares = []
-    for _ in range(2):  # the first one packs
-        command = [sys.executable, "-c", SHARE, str(bundle), str(tmp_path / "packed")]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
-        shares.append(int(done.stdout))
+    shares = [_share_bytes(bundle, tmp_path / "packed") for _ in range(2)]  # the first one packs
     assert shares[1] == pytest.approx(variant.peak_bytes, rel=0.1)
+
+
+def test_the_certificate_is_close_to_what_onnx_runtime_holds(onnx_bundle: Path, tmp_path: Path) -> None:
+    variant = Bundle.read(onnx_bundle).stages["denoiser"].variants["plain"]
+    assert _share_bytes(onnx_bundle, tmp_path) == pytest.approx(variant.peak_bytes, rel=0.1)
