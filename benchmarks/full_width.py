@@ -168,7 +168,14 @@ def main(
     cases = (
         ("T5-XXL block, fp32", fp32, "text_encoder", "plain", eager(encoder, text), text),
         ("T5-XXL block, int8", int8, "text_encoder", "plain", eager(encoder, text), text),
-        ("STDiT3-XL, a spatial and a temporal block", fp32, "denoiser", "plain", eager(denoiser, evaluation), evaluation),
+        (
+            "STDiT3-XL, a block in space, one in time",
+            fp32,
+            "denoiser",
+            "plain",
+            eager(denoiser, evaluation),
+            evaluation,
+        ),
         ("the same, merged", fp32, "denoiser", "merged", merged(fp32, evaluation), evaluation),
         ("VAE in time, 17 frames", fp32, "vae_temporal", "frames17", eager(temporal, in_time), in_time),
         ("VAE in space, 4 frames", fp32, "vae_spatial", "plain", eager(spatial, in_space), in_space),
