@@ -1,6 +1,5 @@
-"""The search for a setting: on losses and times that are formulas here, and on a small pipeline as a user types it."""
+"""The search for a setting, on losses and times that are formulas here, and the YAML that it writes."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -10,6 +9,7 @@ import pytest
 
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.spec import load_spec
+from movdc.evaluate.chosen import write_chosen
 from movdc.evaluate.results import pareto_front
 from movdc.evaluate.settings import Setting
 from movdc.evaluate.tune import MOST_COMBINATIONS, Limit, search
@@ -99,29 +99,23 @@ def test_the_front_has_no_point_that_another_beats() -> None:
 
 
 @pytest.mark.slow
-def test_a_small_pipeline_is_tuned(movdc: Movdc, refused: Refused, shallow: Path, tmp_path: Path) -> None:
-    prompts, out = tmp_path / "prompts.txt", tmp_path / "elsewhere" / "chosen.yaml"
-    prompts.write_text("a red circle\n")
-    small = tmp_path / "small.yaml"
-    small.write_text(shallow.read_text().replace("steps: 30", "steps: 4"))
-    line = ["tune", small, "--prompts", prompts, "-o", out, "--folder", tmp_path / "tune", "--max-loss"]
-    assert "is no limit" in refused(movdc(*line, "quality>=1"))
-    done = movdc(*line, "psnr>=20dB", "--memory-budget", "500MB")
-    assert done.returncode == 0, done.stdout + done.stderr
-    spec = load_spec(out).spec
-    assert spec.memory_budget == 500_000_000
-    said = re.search(r"chosen\.yaml: (.*)", done.stdout)
-    assert said
-    chosen = Setting(
-        steps=None if spec.sampler.steps == 4 else spec.sampler.steps,
-        leap=spec.passes.get("leap", {}).get("mode", "none"),
-        merge_steps=spec.passes.get("merge-tokens", {}).get("steps", 0),
-        int8=tuple(spec.passes.get("quantize-int8", {}).get("stages", ())),
-    )
-    assert str(chosen) == said[1]
-    rows = re.findall(r"^ [* ] (.+?) +([\d.]+) s +(-|[\d.]+ dB) .* (chosen|yes|no) *$", done.stdout, re.MULTILINE)
-    assert len(rows) >= 9, done.stdout
-    within = {name: float(seconds) for name, seconds, _, verdict in rows if verdict != "no"}
-    assert within[said[1]] == min(within.values())
-    assert all((psnr == "-" or float(psnr[:-3]) >= 20) == (verdict != "no") for *_, psnr, verdict in rows)
-    assert movdc("compile", out, "-o", tmp_path / "bundle", "--target", "null").returncode == 0
+def test_a_limit_that_cannot_be_read_is_refused_before_anything_is_compiled(
+    movdc: Movdc, refused: Refused, example: Path, tmp_path: Path
+) -> None:
+    prompts = example.parent / "tiny-prompts.txt"
+    line = ["tune", example, "--prompts", prompts, "-o", tmp_path / "chosen.yaml", "--max-loss", "quality>=1"]
+    assert "is no limit" in refused(movdc(*line, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_chosen_yaml_says_the_same_from_another_folder(example: Path, tmp_path: Path) -> None:
+    given = load_spec(example)
+    chosen = Setting(leap="fixed", merge_steps=8, int8=("text_encoder",), steps=20)
+    write_chosen(tmp_path / "chosen.yaml", given, chosen)
+    written = load_spec(tmp_path / "chosen.yaml")
+    expected = chosen.applied(given.spec)
+    assert (written.spec.passes, written.spec.sampler) == (expected.passes, expected.sampler)
+    assert written.spec.memory_budget == given.spec.memory_budget
+    for section in ("text_encoder", "denoiser", "vae"):
+        weights = written.path.parent / getattr(written.spec, section).weights
+        assert weights.resolve() == (example.parent / getattr(given.spec, section).weights).resolve()
