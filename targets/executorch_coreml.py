@@ -2,37 +2,30 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import io
 import logging
-import mmap
 import re
-import shutil
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import numpy as np
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from movdc.compiler.abilities import Abilities
-from movdc.compiler.cost import size_bytes
-from movdc.compiler.errors import InternalError
-from movdc.compiler.int8 import Loss
+from movdc.compiler.heap import give_back_memory
 from movdc.compiler.pieces import Piece
-from movdc.compiler.program import DTYPES
 from movdc.compiler.target import Artifact, Slot, Target, Written
-from movdc.compiler.weights import INT8, WeightRef
+from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import DType
 from movdc.targets.coreml import Coreml
 from movdc.targets.delegation import delegation
+from movdc.targets.inside import fill_weights, find_weights
 from movdc.targets.mil import FOLDING, exported_piece
 
 _IDENTIFIER = re.compile(rb"executorch_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -90,30 +83,15 @@ class ExecutorchCoreml(Target):
         path = directory / "program.pte"
         data = bytearray(program.buffer)
         del exported, edge, program
-        gc.collect()  # what was exported is a knot of references, and holds copies of all the stand-ins
+        give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
         _rename(data, b"template")
         path.write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
-        return Artifact(path, sha256, tuple(_find(piece, data)), self.estimate(piece), delegated, fallback)
+        return Artifact(path, sha256, tuple(find_weights(piece, data)), self.estimate(piece), delegated, fallback)
 
     def fill(self, program: Path, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Copy a template's program, with weights in the place of its stand-ins."""
-        shutil.copyfile(program, path)
-        losses: dict[str, Loss] = {slot.weight: Loss() for slot in slots if INT8 in refs[slot.weight].transforms}
-        content = hashlib.sha256()
-        with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as data:
-            for slot in slots:
-                offset_bytes = int(slot.key)
-                for part in slot.parts(refs[slot.weight], losses.get(slot.weight)):
-                    raw = _raw(part)
-                    data[offset_bytes : offset_bytes + len(raw)] = raw
-                    content.update(raw)
-                    offset_bytes += len(raw)
-                if offset_bytes != int(slot.key) + slot.size_bytes:
-                    raise InternalError(f"{refs[slot.weight]} does not have the {slot.size_bytes} bytes of its slot")
-            _rename(data, content.digest())
-            sha256 = hashlib.sha256(data).hexdigest()
-        return Written((), sha256, {name: loss.sqnr_db for name, loss in losses.items()})
+        return fill_weights(program, slots, refs, path, _rename)
 
     def computes_in(self) -> Literal["f32", "f16"]:
         """What the denoiser computes in, which has most of the products."""
@@ -124,34 +102,9 @@ class ExecutorchCoreml(Target):
         return Coreml().held_as()
 
 
-def _find(piece: Piece, data: bytearray) -> Iterator[Slot]:
-    """Where each weight lies in a program: its key is the offset. What is found is wiped, the largest first.
-
-    So the few bytes of a small weight are not found by chance within a large one.
-    """
-    weights = [weight for weight in piece.weights if not weight.is_read_by_lowering]
-    for weight in sorted(weights, key=lambda weight: -size_bytes(weight.node)):
-        tensor = weight.stand_in()
-        found = False
-        for form in (tensor, tensor.half()) if tensor.dtype == torch.float32 else (tensor,):
-            raw = _raw(form)
-            offset_bytes = data.find(raw)
-            while raw and offset_bytes >= 0:
-                found = True
-                data[offset_bytes : offset_bytes + len(raw)] = bytes(len(raw))
-                yield Slot(str(offset_bytes), weight.name, "plain", DTYPES[form.dtype], tuple(tensor.shape))
-                offset_bytes = data.find(raw, offset_bytes + len(raw))
-        if not found:
-            raise InternalError(f"weight {weight.name} ({weight.ref}) of a lowered partition is not in its program")
-
-
 def _rename(data: Any, seed: bytes) -> None:
     """Give each package in a program an identifier that depends on the seed and on its place."""
     for index, match in enumerate(list(_IDENTIFIER.finditer(data))):
         name = uuid.UUID(bytes=hashlib.sha256(seed + bytes([index])).digest()[:16])
         start, end = match.span()
         data[start:end] = f"executorch_{name}".encode()
-
-
-def _raw(tensor: Tensor) -> bytes:
-    return np.ascontiguousarray(tensor.numpy()).tobytes()

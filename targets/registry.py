@@ -12,6 +12,7 @@ from movdc.compiler.target import Target
 TARGETS: dict[str, str] = {
     "coreml": "movdc.targets.coreml:Coreml",
     "executorch-coreml": "movdc.targets.executorch_coreml:ExecutorchCoreml",
+    "executorch-vulkan": "movdc.targets.executorch_vulkan:ExecutorchVulkan",
     "executorch-xnnpack": "movdc.targets.executorch_xnnpack:ExecutorchXnnpack",
     "onnx": "movdc.targets.onnx:Onnx",
     "null": "movdc.targets.null:Null",
