@@ -143,7 +143,9 @@ def test_an_option_redoes_what_depends_on_it(movdc: Movdc, shallow: Path, tmp_pa
     assert {entry.key for entry in entries(cache)} == made
     ours, theirs = (json.loads((bundle / MANIFEST).read_text()) for bundle in (fewer, first))
     assert ours["sampler"]["units"] == [12]
-    assert {key for key in ours if ours[key] != theirs[key]} == {"sampler", "spec", "files"}
+    assert {key for key in ours if ours[key] != theirs[key]} == {"sampler", "spec", "files", "expected"}
+    expected, before = ours["expected"], theirs["expected"]
+    assert {key for key in expected if expected[key] != before[key]} == {"sampler"}, "only what the sampler makes"
     changed = [one["path"] for one, other in zip(ours["files"], theirs["files"], strict=True) if one != other]
     assert changed == [REPORT], "which says how long so many steps take"
 
