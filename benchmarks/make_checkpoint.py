@@ -28,6 +28,9 @@ TOKENIZER = REPOSITORY / "examples" / "checkpoints" / "tiny" / "text_encoder"
 TOKENIZER_FILES = ("spiece.model", "tokenizer_config.json", "special_tokens_map.json")
 BLOCK_VALUES = 1 << 22  # drawn once; each tensor repeats them from a place of its own
 STANDARD_DEVIATION = 0.02
+# T5 does not divide scores by the root of the head's width, 8 in T5-XXL: its weights are as much smaller, also at its
+# initialisation. Without that each row of a softmax would be one token.
+UNSCALED, HEAD_SCALE = ".SelfAttention.q.weight", np.float32(1 / 8)
 SPARE_BYTES = 10**9
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
 FOLDERS = {"text_encoder": ("t5_xxl_encoder",), "denoiser": ("stdit3_xl_2",), "vae": ("vae_temporal", "vae_spatial")}
@@ -88,6 +91,8 @@ class Values:
         while left:
             part = self._block[start : start + min(left, BLOCK_VALUES)]
             left -= part.size
+            if key.endswith(UNSCALED):
+                part = part * HEAD_SCALE
             yield part + 1 if len(shape) == 1 and key.endswith("weight") else part
 
     def write(self, file: BinaryIO, key: str, shape: list[int]) -> None:
