@@ -9,7 +9,6 @@ import typer
 from platformdirs import user_cache_path
 from rich.console import Console
 
-from movdc.compiler.errors import MovdcError
 from movdc.compiler.folders import write_output
 from movdc.compiler.progress import Bars, progress_bars
 from movdc.compiler.tables import print_straightness
@@ -31,12 +30,9 @@ def straightness(
     ] = None,
 ) -> None:
     """Measure how straight the ways of prompts are, and print the floor of a dynamic leap."""
-    try:
-        lines = [line.strip() for line in prompts.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise MovdcError(f"--prompts: {prompts} cannot be read ({error}); give a text file") from None
-    if not lines:
-        raise MovdcError(f"--prompts: {prompts} has no prompt; write one a line")
+    from movdc.evaluate.settings import load_prompts
+
+    lines = load_prompts(prompts)
     read = Bundle.read(bundle)
     executor = open_executor(read, packed_cache=packed_cache or user_cache_path("movdc") / "packed")
     generator = Generator(read, executor, PromptCache(user_cache_path("movdc") / "prompts"))
