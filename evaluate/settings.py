@@ -103,7 +103,7 @@ def load_sweep(path: Path) -> Sweep:
         first = error.errors()[0]
         key = ".".join(map(str, first["loc"]))
         allowed = f"; the keys are {', '.join(Sweep.model_fields)}, of a setting {', '.join(Setting.model_fields)}"
-        hint = allowed if first["type"] == "extra_forbidden" else f", got {first['input']!r}"
+        hint = allowed if first["type"] in ("extra_forbidden", "missing") else f", got {first['input']!r}"
         raise MovdcError(f"{path}: {key or 'the whole'}: {first['msg']}{hint}") from None
     except (yaml.YAMLError, ValueError) as error:
         raise MovdcError(f"{path}: is not YAML ({str(error).splitlines()[0]}); see docs/evaluate.md") from None
