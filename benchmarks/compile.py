@@ -37,7 +37,7 @@ from movdc.compiler.units import parse_bytes
 from movdc.runtime.bundle import Bundle, Manifest
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "tiny.yaml"
-PHASES = ("trace", "passes", "lower", "weights")
+PHASES = ("trace", "passes", "lower", "weights", "expected")
 _BAR = re.compile(rf"^({'|'.join(PHASES)})\s.*?(\d+)/\d+\s+(\d+):(\d+):(\d+)", re.MULTILINE)
 _SAMPLE_BYTES = 1 << 28
 _POLL_S = 0.1
