@@ -132,7 +132,7 @@ def plan(
     """What `make` makes of the planned program, and the passes that wrote into the sampler's plan.
 
     The planner estimates what programs take, and lowering measures it: where that is more than the budget, it is
-    planned again with so much in reserve, and what is cut as before comes from the cache.
+    planned again with what the estimate missed in reserve, and what is cut as before comes from the cache.
     """
     passes = [one for _, some in phases for one in some]
     for left in range(_PLANS - 1, -1, -1):
@@ -143,8 +143,11 @@ def plan(
         except BudgetError as error:
             if left == 0 or not any(one.name == "partition" for one in passes):
                 raise
-            machine = machine.reserving(error.stage, error.excess_bytes)
-            note("lower", f"{error.stage} takes {format_bytes(error.excess_bytes)} more than estimated: planned again")
+            # The excess alone may leave room for the same cuts: most plans do not fill the budget.
+            estimates = [graph.estimated_bytes for stage, _, graph in program.graphs() if stage == error.stage]
+            missed_bytes = machine.budget_bytes + error.excess_bytes - max(estimates)
+            machine = machine.reserving(error.stage, missed_bytes, error.excess_bytes)
+            note("lower", f"{error.stage} takes {format_bytes(error.excess_bytes)} more than there is: planned again")
     raise InternalError("nothing was planned")
 
 

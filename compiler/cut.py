@@ -112,6 +112,13 @@ def predict(costs: Costs, cuts: Sequence[int]) -> Prediction | None:
     return Prediction(float(seconds + run_s), peak_bytes, overlapped, int(costs.before_bytes[list(cuts[1:-1])].sum()))
 
 
+def planned(costs: Costs, cuts: Sequence[int]) -> Prediction:
+    """The prediction of cuts that fit."""
+    prediction = predict(costs, cuts)
+    assert prediction is not None, "planned cuts fit"
+    return prediction
+
+
 def least_s(costs: Costs) -> float:
     """A time that no cutting can beat, whatever the budget: all of the loads, or the runs behind a first load."""
     all_loads_s = float(costs.load_s(0)[costs.end])

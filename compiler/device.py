@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,8 @@ from movdc.runtime.bundle import DType
 from movdc.runtime.rates import Rates
 
 SLAB_BYTES = 256 * 1024  # a read of this size costs no more a byte than a larger one (docs/loading.md)
+
+_SIZES = ("usable_memory", "load_rate", "touch_rate", "free_rate")  # that are written with a unit
 
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
@@ -35,6 +38,8 @@ class DeviceProfile(BaseModel):
     contention: float = Field(ge=0)  # how much longer a run takes while something loads: 0.1 is a tenth
     load_contention: float = Field(default=0, ge=0)  # and a load while something runs
     run_overhead_s: float = Field(default=0, ge=0)  # for each run of a partition, whatever it computes
+    touch_rate: Bytes | None = None  # per second: a run on weights that were just loaded takes so much longer
+    free_rate: Bytes | None = None  # per second, when weights go; without a rate neither takes time
     source: dict[str, str]  # where each of the numbers comes from
 
     @model_validator(mode="after")
@@ -43,6 +48,16 @@ class DeviceProfile(BaseModel):
             wrong = min(self.source.keys() ^ self.numbers.keys())
             raise ValueError(f"source has not exactly one entry for each number: {wrong}")
         return self
+
+    @property
+    def touch_bytes_per_s(self) -> float:
+        """The rate, infinite where there is none."""
+        return math.inf if self.touch_rate is None else self.touch_rate
+
+    @property
+    def free_bytes_per_s(self) -> float:
+        """The rate, infinite where there is none."""
+        return math.inf if self.free_rate is None else self.free_rate
 
     @property
     def numbers(self) -> dict[str, float]:
@@ -65,7 +80,7 @@ def known_profiles() -> dict[str, DeviceProfile]:
 def print_profile(name: str, profile: DeviceProfile) -> str:
     """An entry of devices.toml."""
     numbers: dict[str, object] = {**profile.numbers}
-    numbers |= {key: _print_bytes(getattr(profile, key)) for key in ("usable_memory", "load_rate")}
+    numbers |= {key: _print_bytes(size) for key, size in profile.numbers.items() if key in _SIZES}
     lines = [f"[{name}]", *(f"{key} = {_toml(value)}" for key, value in numbers.items())]
     lines += ["", f"[{name}.source]", *(f"{key} = {_toml(text)}" for key, text in profile.source.items())]
     return "\n".join(lines)
@@ -99,6 +114,8 @@ class Machine:
     contention: float = 0.0  # how much longer a run takes while something loads
     load_contention: float = 0.0  # and a load while something runs
     run_overhead_s: float = 0.0  # for each run of a partition
+    touch_bytes_per_s: float = math.inf  # of weights that were just loaded, when they run
+    free_bytes_per_s: float = math.inf  # of weights that go
     held_as: Mapping[DType, DType] = field(default_factory=dict)  # types of weights that it holds as another one
     reserves: tuple[tuple[str, int], ...] = ()  # stages, and the bytes that estimates have missed there
 
@@ -106,10 +123,10 @@ class Machine:
         """The machine with what a plan of a stage may fill by its estimates for a budget."""
         return replace(self, budget_bytes=self.budget_bytes - dict(self.reserves).get(stage, 0), reserves=())
 
-    def reserving(self, stage: str, more_bytes: int) -> Machine:
-        """The machine with so much more in reserve for a stage."""
+    def reserving(self, stage: str, least_bytes: int, more_bytes: int) -> Machine:
+        """The machine with at least so much in reserve for a stage, and so much more than it had."""
         reserves = dict(self.reserves)
-        reserves[stage] = reserves.get(stage, 0) + more_bytes
+        reserves[stage] = max(least_bytes, reserves.get(stage, 0) + more_bytes)
         return replace(self, reserves=tuple(reserves.items()))
 
     @property
@@ -123,6 +140,8 @@ class Machine:
             run_overhead_s=self.run_overhead_s,
             contention=self.contention,
             load_contention=self.load_contention,
+            touch_bytes_per_s=self.touch_bytes_per_s,
+            free_bytes_per_s=self.free_bytes_per_s,
         )
 
     def load_s(self, weight_bytes: float) -> float:

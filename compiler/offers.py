@@ -48,6 +48,8 @@ def machine_of(profile: DeviceProfile, budget_bytes: int | None) -> Machine:
         run_overhead_s=profile.run_overhead_s,
         contention=profile.contention,
         load_contention=profile.load_contention,
+        touch_bytes_per_s=profile.touch_bytes_per_s,
+        free_bytes_per_s=profile.free_bytes_per_s,
         load_copies=LOAD_COPIES,
         value_copies=VALUE_COPIES,
         node_bytes=NODE_BYTES,

@@ -162,6 +162,8 @@ def _measured(rates: Rates, budget_bytes: int, traces: str) -> DeviceProfile:
         "load_contention": rates.load_contention,
         "run_overhead_s": rates.run_overhead_s,
     }
+    rates_of_pages = {"touch_rate": rates.touch_bytes_per_s, "free_rate": rates.free_bytes_per_s}
+    numbers |= {name: round(rate) for name, rate in rates_of_pages.items() if rate < _MOST_BYTES_PER_S}
     source = dict.fromkeys(numbers, f"movdc calibrate {traces}") | {
         "usable_memory": "estimate: the budget that the bundle was compiled for; a trace does not tell",
         "fp16_flops_per_s": "estimate: as fp32; a trace has one of the two",

@@ -53,7 +53,8 @@ class Graph:
 
     `graph` is never changed in place: a pass that rewrites copies it first. `cuts` are the names of the nodes
     after which a new partition starts; `templates` has, for each partition, the digest of the program it shares with
-    every partition of the same digest, and is empty where nothing is shared.
+    every partition of the same digest, and is empty where nothing is shared; `estimated_bytes` is what the planner
+    expects that it holds at most, cut so.
     """
 
     graph: fx.Graph
@@ -62,6 +63,7 @@ class Graph:
     weights: Mapping[str, WeightRef]  # placeholder name -> reference
     cuts: tuple[str, ...] = ()
     templates: tuple[str, ...] = ()
+    estimated_bytes: int = 0
     layout: TokenLayout | None = None
 
     def copy(self) -> fx.Graph:

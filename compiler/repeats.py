@@ -14,7 +14,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from movdc.compiler.cut import Costs, Prediction, cheapest, least_s, predict
+from movdc.compiler.cut import Costs, cheapest, least_s, planned, predict
 
 ROUNDING = 1e-6  # times that differ by less of themselves are equal
 _PLACES = 3  # places in a block that are tried for each number of blocks in a partition, the quickest first
@@ -73,13 +73,13 @@ def fewest_programs(costs: Costs, kinds: Sequence[int], slack: float, programs: 
     optimum = cheapest(costs, tie_s)
     if optimum is None:
         return None
-    seconds = _known(costs, optimum).seconds
+    seconds = planned(costs, optimum).seconds
     limit_s = seconds * (1 + slack + ROUNDING)
     fee_s = seconds * slack / len(optimum) / 2  # twice that for each partition is within the limit
     fees_s = (tie_s, fee_s) if fee_s > tie_s else (tie_s,)
 
     def rank(cuts: list[int]) -> tuple[int, int, int, int, list[int]]:
-        one = _known(costs, cuts)
+        one = planned(costs, cuts)
         return programs(cuts), round(one.seconds / seconds / ROUNDING), len(cuts), one.crossing_bytes, cuts
 
     best = min(map(rank, [optimum, *_fewer_and_fewer(costs, fees_s, limit_s)]))
@@ -90,7 +90,7 @@ def fewest_programs(costs: Costs, kinds: Sequence[int], slack: float, programs: 
             positions = sorted(_around(free, repeat, pattern))
             for fee in fees_s:
                 cuts = _cheapest_at(costs, positions, fee, forced | set(pattern))
-                if cuts is None or _known(costs, cuts).seconds > limit_s:
+                if cuts is None or planned(costs, cuts).seconds > limit_s:
                     break
                 at_least = len({tuple(kinds[start:stop]) for start, stop in pairwise(cuts)})
                 if at_least <= best[0] and (ranked := rank(cuts)) < best:
@@ -107,12 +107,6 @@ def _around(free: set[int], repeat: Repeat, pattern: Sequence[int]) -> set[int]:
     return free.difference(inside).union(pattern)
 
 
-def _known(costs: Costs, cuts: Sequence[int]) -> Prediction:
-    prediction = predict(costs, cuts)
-    assert prediction is not None, "planned cuts fit"
-    return prediction
-
-
 def _cheapest_at(costs: Costs, positions: list[int], fee_s: float, forced: set[int]) -> list[int] | None:
     """Cuts at some of the positions, and at all that are forced."""
     cuts = cheapest(costs.at(positions), fee_s, [index for index, one in enumerate(positions) if one in forced])
@@ -124,7 +118,7 @@ def _fewer_and_fewer(costs: Costs, fees_s: tuple[float, ...], limit_s: float) ->
     fee_s = fees_s[-1]
     while len(fees_s) > 1 and fee_s < limit_s:
         cuts = cheapest(costs, fee_s)
-        if cuts is None or _known(costs, cuts).seconds > limit_s:
+        if cuts is None or planned(costs, cuts).seconds > limit_s:
             return
         yield cuts
         fee_s *= 4

@@ -158,6 +158,8 @@ class Target(Configured, ABC):
             run_overhead_s=profile.run_overhead_s,
             contention=profile.contention,
             load_contention=profile.load_contention,
+            touch_bytes_per_s=profile.touch_bytes_per_s,
+            free_bytes_per_s=profile.free_bytes_per_s,
             load_copies=self.load_copies,
             value_copies=self.value_copies,
             node_bytes=self.node_bytes,

@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 from movdc.compiler.chain import chain_of, common_positions, costs, stretch_texts
-from movdc.compiler.cut import Costs, largest, least_s, predict, smallest_budget
+from movdc.compiler.cut import Costs, largest, least_s, planned, smallest_budget
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError, MovdcError
 from movdc.compiler.pass_base import Pass, PassResult
@@ -55,17 +55,19 @@ class Partition(Pass):
 
     def apply(self, program: Program) -> PassResult:
         """Cut every stage afresh."""
-        changed: dict[tuple[str, str], Graph] = {}
+        cut: dict[tuple[str, str], Graph] = {}
+        modified = False
         notes = []
         for stage in program.stages:
             for variants, plan in _plans(stage, program, self):
                 notes.append(f"{stage.name} ({', '.join(variants)}) {plan.note}")
                 for index, (variant, graph) in enumerate(variants.items()):
                     nodes = graph.compute_nodes
-                    names = tuple(nodes[plan.positions[cut][index] - 1].name for cut in plan.cuts[1:-1])
+                    names = tuple(nodes[plan.positions[at][index] - 1].name for at in plan.cuts[1:-1])
                     if names != graph.cuts:
-                        changed[stage.name, variant] = replace(graph, cuts=names, templates=())
-        return PassResult(program.map_graphs(changed), bool(changed), "; ".join(notes))
+                        graph, modified = replace(graph, cuts=names, templates=()), True
+                    cut[stage.name, variant] = replace(graph, estimated_bytes=planned(plan.costs, plan.cuts).peak_bytes)
+        return PassResult(program.map_graphs(cut), modified, "; ".join(notes))
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ class _Plan:
     @property
     def note(self) -> str:
         """What was found, and how far it is from what no cutting can beat."""
-        one = predict(self.costs, self.cuts)
-        assert one is not None
+        one = planned(self.costs, self.cuts)
         count, least = len(self.cuts) - 1, least_s(self.costs)
         return (
             f"{count} partitions, {self.programs} programs, {count - 1 - one.overlapped} loads that wait: "

@@ -120,6 +120,18 @@ def test_refuses_a_budget_that_nothing_fits_and_names_the_smallest(graph_of: Gra
         Partition()(program_of(replace(MACHINE, budget_bytes=smallest - 1), net=graph))
 
 
+def test_what_an_estimate_missed_is_kept_in_reserve(graph_of: GraphOf, program_of: ProgramOf) -> None:
+    machine, excess, graph = replace(MACHINE, budget_bytes=14000), 10, graph_of(Stack(6), x=X)
+    first = _cut(program_of(machine, net=graph))
+    assert 0 < first.estimated_bytes < machine.budget_bytes - excess  # so that the excess alone would change nothing
+    missed_bytes = machine.budget_bytes + excess - first.estimated_bytes
+    reserving = machine.reserving("net", missed_bytes, excess)
+    second = _cut(program_of(reserving, net=graph))
+    assert second.cuts != first.cuts
+    assert second.estimated_bytes <= first.estimated_bytes - excess
+    assert dict(reserving.reserving("net", 1, excess).reserves) == {"net": missed_bytes + excess}
+
+
 def test_refuses_to_cut_a_node_from_those_that_pick_its_results(graph_of: GraphOf, program_of: ProgramOf) -> None:
     graph = graph_of(Halves(), x=X)
     several = [index for index, node in enumerate(graph.compute_nodes) if not isinstance(node.meta["val"], Tensor)]
