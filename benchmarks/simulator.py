@@ -4,10 +4,11 @@
     python benchmarks/simulator.py --ratio 1            # one of them
     python benchmarks/simulator.py --bundle out/tiny    # another bundle
 
-Rates are fitted to two runs of the engine (`movdc calibrate`): all of it loaded one after the other, and one that loads
-beside what runs. Then the engine and the simulator run every budget, in turns; what is shown are medians of settled
-steps. Weights are packed before; what has been freed is dropped from the page cache after each step, so that it is
-read from the disk again, as on a phone that has no memory left. Bundles are kept in build/streaming.
+The engine runs every budget in turns, and three ways that tell the rates (`movdc calibrate`): all of it loaded one
+after the other, loaded beside what runs, and all of it staying. Then the simulator plays them by the rates that fit
+all turns; what is shown are medians of settled steps. Weights are packed before; what has been freed is dropped from
+the page cache after each step, so that it is read from the disk again, as on a phone that has no memory left. Bundles
+are kept in build/streaming.
 """
 
 from __future__ import annotations
@@ -34,11 +35,14 @@ from movdc.runtime.simulate import Call, Mode, Simulator
 from movdc.runtime.timeline import Event, joined, read_trace
 
 STAGE, VARIANT = "denoiser", "plain"
-SHARES = (0.2, 0.4, 0.6, 0.8, 1.0)  # of the weights
+SHARES = (0.2, 0.4, 0.6, 0.8)  # of the weights
 CLOSE_S, CLOSE_BYTES = 0.1, 0.05  # what the simulator is held to
 # Frames and side of the video for which loads from a disk of 1.3 GB/s take about so many times the runs of two cores.
-VIDEOS = {"0.3": (34, 64), "1": (17, 48), "3": (1, 48)}
-HIDDEN, DEPTH, COMPILE_SHARE = 512, 8, 0.12
+VIDEOS = {"0.3": (51, 96), "1": (34, 64), "3": (1, 48)}
+HIDDEN, DEPTH, COMPILE_SHARE = 512, 8, 0.2
+
+
+Way = tuple[Mode, int]  # and its budget in bytes
 
 
 class Arms:
@@ -58,11 +62,22 @@ class Arms:
         self._inputs["text_mask"] = np.ones_like(self._inputs["text_mask"])
         self.measure("dynamic", self.variant.residency[-1].needs_bytes + 10**8)  # packs
         os.sync()  # what is not yet on the disk cannot be dropped
-        alone, _, _ = self.measure("sequential", self.most_bytes)
-        beside, _, _ = self.measure("concurrent", self.most_bytes)
-        self.rates = calibrate(joined([alone, beside]), bundle.partitions)
+        self.calibrate([self.measure(*way)[0] for way in self.calibrating])
+
+    @property
+    def calibrating(self) -> tuple[Way, ...]:
+        """Runs that tell the rates: loads one after the other, loads beside what runs, and none."""
+        return (("sequential", self.most_bytes), ("concurrent", self.most_bytes), ("dynamic", self.most_bytes))
+
+    def calibrate(self, traces: list[list[Event]]) -> None:
+        """Fit the rates to runs."""
+        self.rates = calibrate(joined(traces), self.bundle.partitions)
+
+    @property
+    def ratio(self) -> float:
+        """Of the seconds of all loads to those of all runs."""
         loads_s, runs_s = (sum(of(one) for one in self.named.values()) for of in (self.rates.load_s, self.rates.run_s))
-        self.ratio = loads_s / runs_s
+        return loads_s / runs_s
 
     @property
     def weights_bytes(self) -> int:
@@ -133,14 +148,19 @@ class Compared:
 
 
 def compare(arms: Arms, rounds: int) -> list[Compared]:
-    """The modes without a choice of what stays, and each budget; the engine in turns over all of them."""
+    """The runs that tell the rates, and each budget; the engine in turns, because its machine's pace varies."""
     least_bytes = arms.variant.first_needs_bytes  # a first run must fit, too
-    ways: list[tuple[Mode, int]] = [("sequential", arms.most_bytes), ("concurrent", arms.most_bytes)]
-    ways += [("dynamic", max(round(share * arms.weights_bytes), least_bytes)) for share in SHARES]
-    measured: dict[tuple[Mode, int], list[tuple[float, int]]] = {way: [] for way in ways}
+    budgets = [max(round(share * arms.weights_bytes), least_bytes) for share in SHARES]
+    ways: list[Way] = [*arms.calibrating, *(("dynamic", budget_bytes) for budget_bytes in budgets)]
+    measured: dict[Way, list[tuple[float, int]]] = {way: [] for way in ways}
+    traces = []
     for _ in range(rounds):
         for way, found in measured.items():
-            found.append(arms.measure(*way)[1:])
+            events, seconds, peak_bytes = arms.measure(*way)
+            found.append((seconds, peak_bytes))
+            if way in arms.calibrating:
+                traces.append(events)
+    arms.calibrate(traces)
     return [
         Compared(*way, (statistics.median(s for s, _ in found), max(b for _, b in found)), arms.simulate(*way)[1:])
         for way, found in measured.items()

@@ -1,9 +1,10 @@
 """Calibration: the rates of a device from a trace that was measured on it, a host or a phone.
 
-A load takes a + b bytes seconds, and c of each second that something runs meanwhile; a run takes a + b FLOPs + d FLOPs
-with int8 weights, and c of each second that something loads. Least squares find these, none of them below 0. A first
-load also packs, checks and initialises: those parts are averaged. What it reads and the run behind it are left out, for
-checking has brought its pages, and that run touches new ones.
+A load takes a + b bytes seconds, and c of each second that something runs meanwhile. A run takes a + b FLOPs + d FLOPs
+with int8 weights, e bytes if these were just loaded, and c of each second that something loads. Least squares find
+these, none of them below 0; e only where weights of some runs were just loaded and of others were not. A first load
+also packs, checks and initialises: those parts are averages, as freeing is. What it reads and the run behind it are
+left out, for checking has brought its pages, and that run touches new ones.
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ def calibrate(events: Sequence[Event], partitions: Mapping[str, Partition]) -> R
     settled = _later(runs, firsts)
     products = [partitions[one.partition] for one in settled]
     int8_flops = [one.int8_flops for one in products]
-    run = _fit(settled, [[one.flops - one.int8_flops for one in products], int8_flops], loads)
+    touched = _touched_bytes(events, settled, partitions)
+    run = _fit(settled, [[one.flops - one.int8_flops for one in products], int8_flops, touched], loads)
+    frees = _later([one for one in events if one.what == "free" and one.duration_s > 0], firsts)
     packs = [one for one in events if one.what == "pack"]
     packed_bytes = sum(partitions[one.partition].weight_bytes for one in packs)
     checks = [one for one in events if one.what == "verify"]
@@ -50,12 +53,28 @@ def calibrate(events: Sequence[Event], partitions: Mapping[str, Partition]) -> R
         int8_flops_per_s=_inverse(run[2]) if any(int8_flops) else None,
         load_overhead_s=load[0],
         run_overhead_s=run[0],
-        contention=run[3] / (1 - run[3]),
+        contention=run[4] / (1 - run[4]),
         load_contention=load[2] / (1 - load[2]),
         pack_bytes_per_s=_rate(packed_bytes, packs),
         verify_bytes_per_s=_rate(sum(one.bytes for one in checks), checks),
         init_s=sum(inits) / len(inits) if inits else 0.0,
+        touch_bytes_per_s=_inverse(run[3]),
+        free_bytes_per_s=_rate(sum(partitions[one.partition].held_bytes for one in frees), frees),
     )
+
+
+def _touched_bytes(events: Sequence[Event], runs: Sequence[Event], partitions: Mapping[str, Partition]) -> list[int]:
+    """The bytes of each run that were loaded behind the run before of its partition; 0 where that is so of all runs."""
+    just_loaded: dict[str, bool] = {}
+    touched = {}
+    for event in sorted(events, key=lambda one: one.start_s):
+        if event.what == "run":
+            is_new = just_loaded.pop(event.partition, False)
+            touched[id(event)] = partitions[event.partition].held_bytes if is_new else 0
+        elif event.what == "load":
+            just_loaded[event.partition] = True
+    found = [touched[id(one)] for one in runs]
+    return found if 0 in found else [0] * len(found)
 
 
 def _later(events: Sequence[Event], firsts: Sequence[Event]) -> list[Event]:

@@ -31,11 +31,21 @@ class Rates:
     verify_bytes_per_s: float = math.inf  # once in a process, of packed weights
     init_s: float = 0.0  # of a program, once until another variant runs
     int8_flops_per_s: float | None = None  # of products with int8 weights; None is as the others
+    touch_bytes_per_s: float = math.inf  # of weights that were just loaded: the run behind maps their pages
+    free_bytes_per_s: float = math.inf  # of weights that go when they have run
 
     def run_s(self, partition: Partition) -> float:
-        """Seconds of a run while nothing loads."""
+        """Seconds of a run on weights that have run before, while nothing loads."""
         int8_s = partition.int8_flops / (self.int8_flops_per_s or self.compute_flops_per_s)
         return self.run_overhead_s + (partition.flops - partition.int8_flops) / self.compute_flops_per_s + int8_s
+
+    def touch_s(self, partition: Partition) -> float:
+        """Seconds that a run takes longer when its weights were just loaded."""
+        return partition.held_bytes / self.touch_bytes_per_s
+
+    def free_s(self, partition: Partition) -> float:
+        """Seconds until the weights are gone, in which nothing else runs."""
+        return partition.held_bytes / self.free_bytes_per_s
 
     def load_s(self, partition: Partition) -> float:
         """Seconds of a load that only brings weights back, while nothing runs."""

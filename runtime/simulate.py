@@ -173,7 +173,10 @@ class Simulator:
             callers_bytes += sizes.output_bytes[index]
             self._execute(self.partitions[name])
             self.books.free(growing_bytes + sizes.dropped_bytes[index])
-            self.loader.done(name, self.now_s)
+            if not self.loader.stays(name):
+                start_s = self.now_s
+                self._pass(self.rates.free_s(self.partitions[name]))
+                self.loader.free(name, start_s, self.now_s)
         self.books.free(callers_bytes)
         self._has_run = variant
         while self._pressures and self._pressures[0].at_s <= self.now_s:
@@ -185,13 +188,17 @@ class Simulator:
             self._advance(None)
         if self.now_s > start_s:
             self.events.append(Event("wait", name, start_s, self.now_s - start_s, 0, self.books.held_bytes))
-        self.loader.runs(name)
 
     def _execute(self, one: Partition) -> None:
-        start_s, left_s = self.now_s, self.rates.run_s(one)
+        start_s = self.now_s
+        touch_s = 0.0 if self.loader.runs(one.name) else self.rates.touch_s(one)
+        self._pass(self.rates.run_s(one) + touch_s)
+        self.events.append(Event("run", one.name, start_s, self.now_s - start_s, 0, self.books.held_bytes))
+
+    def _pass(self, left_s: float) -> None:
+        """The execution lane is busy for seconds, or longer while something loads."""
         while left_s > INSTANT_S:
             left_s = self._advance(left_s)
-        self.events.append(Event("run", one.name, start_s, self.now_s - start_s, 0, self.books.held_bytes))
 
     def _advance(self, run_left_s: float | None) -> float:
         """Go to the next end of a run or of a part of a load, or to pressure; gives what is left of the run."""

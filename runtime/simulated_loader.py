@@ -33,6 +33,7 @@ class _Held:
     slot: bool  # whether it takes one of the places of transient partitions
     state: str = "loading"  # then ready, running
     doomed: bool = False  # to be freed as soon as it has loaded
+    has_run: bool = False  # since it was loaded
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Loader:
         for name, held in list(self.held.items()):
             stays = name in level.pinned or held.state == "running" or name in first
             if not stays and held.state == "ready":
-                self._free(name, now_s)
+                self.free(name, now_s, now_s)
                 continue
             held.doomed = held.doomed or not stays
             held.slot = name not in level.pinned
@@ -137,7 +138,7 @@ class Loader:
         self.emit(Event("load", one.name, load.start_s, now_s - load.start_s, one.held_bytes, held_bytes))
         self.held[one.name].state = "ready"
         if self.held[one.name].doomed:
-            self._free(one.name, now_s)
+            self.free(one.name, now_s, now_s)
 
     def is_unpacked(self, name: str) -> bool:
         """Whether the weights of a partition are still to be packed."""
@@ -149,29 +150,33 @@ class Loader:
         held = self.held.get(name)
         return held is not None and held.state == "ready" and not held.doomed
 
-    def runs(self, name: str) -> None:
-        """A partition begins to run."""
-        self.held[name].state = "running"
+    def runs(self, name: str) -> bool:
+        """A partition begins to run; gives whether it has run before, since it was loaded."""
+        held = self.held[name]
+        held.state = "running"
+        had_run, held.has_run = held.has_run, True
+        return had_run
 
-    def done(self, name: str, now_s: float) -> None:
-        """Its run is over: it goes unless it stays."""
-        self.held[name].state = "ready"
-        if name not in self.level.pinned:
-            self._free(name, now_s)
+    def stays(self, name: str) -> bool:
+        """Whether a partition stays when its run is over; else it takes its place until it is freed."""
+        if name in self.level.pinned:
+            self.held[name].state = "ready"
+        return name in self.level.pinned
+
+    def free(self, name: str, start_s: float, now_s: float) -> None:
+        """A partition has gone."""
+        del self.held[name]
+        self.books.free(self.partitions[name].held_bytes)
+        self.emit(Event("free", name, start_s, now_s - start_s, 0, self.books.held_bytes))
 
     def clear(self, now_s: float) -> None:
         """Everything goes, programs included; no load is going on."""
         self._queue.clear()
         for name in list(self.held):
-            self._free(name, now_s)
+            self.free(name, now_s, now_s)
         self.initialised.clear()
 
     def _take_for_packing(self, load: _Load) -> None:
         if load.parts[0].what == "pack":
             load.packing_bytes = load.partition.load_bytes - load.partition.held_bytes
             self.books.take(load.packing_bytes)
-
-    def _free(self, name: str, now_s: float) -> None:
-        del self.held[name]
-        self.books.free(self.partitions[name].held_bytes)
-        self.emit(Event("free", name, now_s, 0.0, 0, self.books.held_bytes))

@@ -1,5 +1,6 @@
 """Calibration: a trace that was simulated gives back the rates that it was simulated with."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -36,6 +37,17 @@ def test_the_rates_of_a_simulated_trace_come_back() -> None:
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-3), name
     for name in ("load_overhead_s", "run_overhead_s", "contention", "load_contention"):
         assert getattr(found, name) == pytest.approx(getattr(rates, name), rel=1e-2, abs=1e-4), name
+
+
+def test_what_mapping_and_freeing_weights_takes_comes_back() -> None:
+    rates = Rates(1000.0, 2000.0, 0.05, 0.1, 0.4, 0.2, touch_bytes_per_s=700.0, free_bytes_per_s=3000.0)
+    sizes = [(1000, 500), (300, 4000), (2500, 3000), (700, 1500), (1600, 2500)]
+    found = calibrate(*_trace(rates, sizes, "sequential", "dynamic"))
+    assert found.touch_bytes_per_s == pytest.approx(rates.touch_bytes_per_s, rel=1e-2)
+    assert found.free_bytes_per_s == pytest.approx(rates.free_bytes_per_s, rel=1e-2)
+    alone = calibrate(*_trace(rates, sizes, "sequential"))  # where all were just loaded, a run has it in its seconds
+    assert alone.touch_bytes_per_s == math.inf
+    assert alone.free_bytes_per_s == pytest.approx(rates.free_bytes_per_s, rel=1e-2)
 
 
 def test_traces_of_two_runs_tell_what_one_does_not() -> None:

@@ -1,5 +1,6 @@
 """The simulator: within what levels say, never faster than can be, and the same order of things as the engine."""
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 
@@ -25,6 +26,8 @@ RATES = st.builds(
     load_contention=st.sampled_from([0.0, 0.4]),
     pack_bytes_per_s=st.floats(100, 10_000),
     init_s=st.sampled_from([0.0, 0.1]),
+    touch_bytes_per_s=st.sampled_from([math.inf, 5000.0]),
+    free_bytes_per_s=st.sampled_from([math.inf, 7000.0]),
 )
 PRESSURES = st.lists(
     st.builds(Pressure, st.floats(0, 30), st.sampled_from(["warning", "critical"])),
@@ -83,7 +86,7 @@ def test_what_is_held_is_within_the_levels_and_the_lanes_keep_their_order(
     assert simulator.books.peak_bytes <= most_bytes(peak, chain.partitions, budget_bytes) or not packed
     assert simulator.books.peak_bytes <= budget_bytes
     for lane in set(LANES.values()):
-        own = [one for one in events if LANES[one.what] == lane and one.what in ("load", "run", "wait")]
+        own = [one for one in events if LANES[one.what] == lane and one.what in ("load", "run", "wait", "free")]
         assert all(after.start_s >= before.end_s - 1e-9 for before, after in pairwise(own))
     names = list(variant.order) * 4
     assert [one.partition for one in _of(events, "run")] == names
@@ -107,7 +110,7 @@ def test_nothing_is_faster_than_its_loads_or_its_runs(chain: Chain, rates: Rates
     least_s = count * sum(rates.run_s(one) for one in chain.partitions)
     assert simulator.now_s >= least_s * (1 - 1e-9)
     assert simulator.now_s >= sum(one.duration_s for one in _of(events, "load")) * (1 - 1e-9)
-    lane_s = sum(one.duration_s for one in events if one.what in ("run", "wait"))
+    lane_s = sum(one.duration_s for one in events if one.what in ("run", "wait", "free"))
     assert simulator.now_s == pytest.approx(lane_s)
     for load in _of(events, "load"):
         inside = [one for one in events if LANES[one.what] == LOADER and one.partition == load.partition]
@@ -121,8 +124,20 @@ def test_one_after_the_other_takes_the_sum(chain: Chain, rates: Rates, count: in
     simulator = _simulator(chain, rates, 10**9, "sequential")
     simulator.run(_calls(_variant(chain), count))
     once_s = len(chain.partitions) * rates.init_s
-    each_s = sum(rates.load_s(one) + rates.run_s(one) for one in chain.partitions)
+    parts = (rates.load_s, rates.touch_s, rates.run_s, rates.free_s)
+    each_s = sum(part(one) for one in chain.partitions for part in parts)
     assert simulator.now_s == pytest.approx(once_s + count * each_s)
+
+
+def test_weights_that_stay_are_touched_once_and_never_freed() -> None:
+    chain, rates = uniform(3), Rates(1000.0, 1000.0, touch_bytes_per_s=100.0, free_bytes_per_s=50.0)
+    variant = _variant(chain)
+    simulator = _simulator(chain, rates, 10**9)
+    simulator.run(_calls(variant, 3))
+    runs_s = [one.duration_s for one in _of(simulator.events, "run")]
+    [touched_s, *_], [settled_s, *_] = runs_s[:3], runs_s[3:]
+    assert touched_s - settled_s == pytest.approx(chain.partitions[0].held_bytes / 100)
+    assert not _of(simulator.events, "free")
 
 
 @settings(max_examples=30, deadline=None)
