@@ -16,6 +16,7 @@ from movdc.evaluate.results import pareto_front
 
 FRONT, OTHER, LINE = "#2b62b5", "#8a94a3", "#9db8dd"
 TITLE = "Quality against time, one point a setting"
+_SAME_HEIGHT = 0.1  # of the panel's
 TIME = "seconds in the denoiser, median"
 
 
@@ -113,9 +114,10 @@ def _draw(path: Path, panels: Sequence[tuple[Panel, Points]]) -> None:
 
 
 def _is_above(points: Points, index: int) -> bool:
-    """Where a point's name goes: in turns from left to right, so that neighbours do not write over each other."""
-    order = sorted(range(len(points.names)), key=lambda one: points.seconds[one])
-    return order.index(index) % 2 == 0
+    """Where a point's name goes: the best of those of about its height above, then in turns, so that few overlap."""
+    near = (max(points.quality) - min(points.quality)) * _SAME_HEIGHT
+    row = [one for one, quality in enumerate(points.quality) if abs(quality - points.quality[index]) <= near]
+    return sorted(row, key=lambda one: (-points.quality[one], points.seconds[one], one)).index(index) % 2 == 0
 
 
 def _colours(points: Points) -> list[str]:
