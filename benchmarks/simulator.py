@@ -1,6 +1,6 @@
 """The simulator beside the engine: seconds a step and peak memory of a denoiser, over budgets and what loads take.
 
-    python benchmarks/simulator.py                      # loads of 0.3, 1 and 3 times the runs: 8 minutes, 4 to compile
+    python benchmarks/simulator.py                      # loads of 0.3, 1 and 3 times the runs: 15 minutes, 5 to compile
     python benchmarks/simulator.py --ratio 1            # one of them
     python benchmarks/simulator.py --bundle out/tiny    # another bundle
 
@@ -39,7 +39,7 @@ SHARES = (0.2, 0.4, 0.6, 0.8)  # of the weights
 CLOSE_S, CLOSE_BYTES = 0.1, 0.05  # what the simulator is held to
 # Frames and side of the video for which loads from a disk of 1.3 GB/s take about so many times the runs of two cores.
 VIDEOS = {"0.3": (51, 96), "1": (34, 64), "3": (1, 48)}
-HIDDEN, DEPTH, COMPILE_SHARE = 512, 8, 0.2
+HIDDEN, DEPTH, COMPILE_SHARE = 512, 8, 0.4
 
 
 Way = tuple[Mode, int]  # and its budget in bytes
@@ -194,7 +194,7 @@ def print_table(console: Console, title: str, arms: Arms, found: list[Compared])
 def main(
     ratio: Annotated[str, typer.Option(help=f"Which of {', '.join(VIDEOS)}; commas between.")] = ",".join(VIDEOS),
     bundle: Annotated[Path | None, typer.Option(help="A bundle of your own, in place of those.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns over the budgets.")] = 3,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns over the budgets.")] = 5,
     steps: Annotated[int, typer.Option(min=4, help="Steps of a run.")] = 6,
     hidden: Annotated[int, typer.Option(min=64, help="Channels; a block has 64 bytes a channel squared.")] = HIDDEN,
     depth: Annotated[int, typer.Option(min=1, help="Layers of two blocks.")] = DEPTH,

@@ -22,7 +22,8 @@ from movdc.runtime.timeline import Event
 
 Columns = npt.NDArray[np.float64]
 _MOST_SHARE = 0.95  # of a second that contention may cost
-_ROUNDS = 3  # of weighing events by what the round before expects of them
+_ROUNDS = 20  # of weighing events by what the round before expects of them
+_USUAL = 0.2  # of an event's seconds: an error that says something of the rates
 _ALONE = 1e-3  # of an event's seconds: what may lie beside another lane's and be of no account
 
 
@@ -118,12 +119,15 @@ def _fit(events: Sequence[Event], sizes: Sequence[Sequence[int]], others: Sequen
 def _least_squares(columns: Columns, seconds: Columns) -> list[float]:
     """The coefficients of columns, none of them below 0."""
     expected = np.full(len(seconds), seconds.mean())
+    doubts = np.ones(len(seconds))
     for _ in range(_ROUNDS):
         # An error counts by what an event should take, so that small partitions weigh something; by what it did take,
-        # the quick ones among equal events would outweigh the slow ones.
-        weights = 1 / np.maximum(expected, seconds.mean() / 10 + 1e-9)
-        found = _not_negative(columns, seconds, weights)
+        # the quick ones among equal events would outweigh the slow ones. Of larger errors the size counts, not the
+        # square (Huber's loss): a system that does something else for a while makes some events much longer.
+        scale = np.maximum(expected, seconds.mean() / 10 + 1e-9)
+        found = _not_negative(columns, seconds, 1 / (scale * np.sqrt(doubts)))
         expected = columns @ found
+        doubts = np.maximum(np.abs(seconds - expected) / scale, _USUAL)
     return [float(one) for one in found]
 
 

@@ -1,6 +1,7 @@
 """Calibration: a trace that was simulated gives back the rates that it was simulated with."""
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from movdc.runtime.calibrate import calibrate
 from movdc.runtime.errors import RunError
 from movdc.runtime.rates import Rates
 from movdc.runtime.simulate import Simulator
-from movdc.runtime.timeline import joined
+from movdc.runtime.timeline import Event, joined
 
 
 def _trace(rates: Rates, sizes: list[tuple[int, ...]], *modes: str) -> tuple[list, dict]:
@@ -61,20 +62,28 @@ def test_traces_of_two_runs_tell_what_one_does_not() -> None:
     assert found.load_contention == pytest.approx(rates.load_contention, rel=1e-2)
 
 
+def _late(events: list[Event], late: Callable[[int], float]) -> list[Event]:
+    """The events with reads that take so many times as long, by their place, and still lie beside no run."""
+    found, count = [], 0
+    for event in events:
+        count += event.what == "read"
+        apart = replace(event, start_s=9 * event.start_s)
+        found.append(replace(apart, duration_s=event.duration_s * late(count)) if event.what == "read" else apart)
+    return found
+
+
 def test_quick_and_slow_loads_weigh_the_same() -> None:
     rates = Rates(1000.0, 2000.0)
     events, named = _trace(rates, [(1000, 500), (2000, 700), (1500, 900)], "sequential")
-    count, noisy = 0, []
-    for event in events:
-        count += event.what == "read"
-        late = 0.5 if count % 2 else 1.5
-        apart = replace(event, start_s=2 * event.start_s)  # so that a slow read still lies beside no run
-        noisy.append(replace(apart, duration_s=event.duration_s * late) if event.what == "read" else apart)
-    reads_s = [one.duration_s for one in noisy if one.what == "read"]
-    assert max(reads_s) > 2 * min(reads_s)
-    found = calibrate(noisy, named)
-    later_s = sum(reads_s[3:]) / 4  # of a call: the first one's reads are left out
-    assert sum(found.load_s(one) for one in named.values()) == pytest.approx(later_s, rel=0.1)
+    found = calibrate(_late(events, lambda place: 0.85 if place % 2 else 1.15), named)
+    assert sum(found.load_s(one) for one in named.values()) == pytest.approx(4.5, rel=0.05)
+
+
+def test_a_few_events_that_took_many_times_as_long_do_not_count_as_much() -> None:
+    rates = Rates(1000.0, 2000.0)
+    events, named = _trace(rates, [(1000, 500), (2000, 700), (1500, 900)], "sequential")
+    found = calibrate(_late(events, lambda place: 6.0 if place in (6, 13) else 1.0), named)
+    assert sum(found.load_s(one) for one in named.values()) == pytest.approx(4.5, rel=0.1)  # the mean is 7.6
 
 
 def test_products_with_int8_weights_have_a_rate_of_their_own() -> None:
