@@ -17,6 +17,8 @@ from movdc.compiler.weights import INT8, INT8_SCALE, Transform, WeightRef, Zeros
 
 aten = torch.ops.aten
 quantized = torch.ops.quantized_decomposed
+_SHAPES = {aten.reshape.default, aten.permute.default, aten.transpose.int, aten.slice.Tensor, aten.cat.default}
+_NORMS = {aten.group_norm.default, aten.layer_norm.default}  # which are in no delegate of XNNPACK's
 _MIN_SCALE = torch.finfo(torch.float32).eps  # of an input of zeros; scales of tokens are held to it too
 
 
@@ -68,7 +70,22 @@ def reader_kind(weight: fx.Node, user: fx.Node, graph: Graph) -> Literal["produc
     grouped = len(settings) > 3 and settings[3] != 1
     given = bias is None or bias.name in graph.weights
     single = matrix is weight and weight not in (x, bias)
+    if user.target is aten.conv2d.default and not _are_images(x):
+        return None
     return "product" if single and given and not grouped and value_of(x).dim() > 1 else None
+
+
+def _are_images(x: fx.Node) -> bool:
+    """Whether x is [N, C, H, W], and so is all that it is made of, back to a norm or an input.
+
+    XNNPACK follows the input of an int8 convolution to the first tensor that its delegate is given and has that one in
+    channels-last order; it fails where a change of shape lies between.
+    """
+    while x.op == "call_function" and x.target not in _NORMS:
+        if x.target in _SHAPES or value_of(x).dim() != 4 or not isinstance(x.args[0], fx.Node):
+            return False
+        x = x.args[0]
+    return bool(value_of(x).dim() == 4)
 
 
 def multiply_int8(product: fx.Node, weight: fx.Node, scale: fx.Node, zeros: fx.Node) -> None:

@@ -34,7 +34,7 @@ class QuantizeInt8(Pass):
     Leaves as it is: 1. a weight that something else reads too, which would be stored twice; 2. grouped convolutions
     and computed biases, which have no quantized kernel; 3. norms and biases, few bytes that cost much quality;
     4. embeddings, unless `embeddings` asks for int8 rows (no arithmetic in int8: only the rows read are restored);
-    5. weights whose key matches `keep`.
+    5. convolutions behind a change of shape, which XNNPACK cannot lower; 6. weights whose key matches `keep`.
     A convolution's input has one scale in the graph; XNNPACK takes one an image, which is closer to fp32.
     Cost: 1 byte a weight and 4 a channel instead of 4 a weight; the loss of each tensor is listed in the bundle.
     Paper: extended version of arXiv 2502.04363, appendix B.2 (T5 from 18 to 4.64 GB); scales for each token and each

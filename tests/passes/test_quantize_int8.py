@@ -65,6 +65,11 @@ class ComputedBias(nn.Linear):
         return F.linear(x, self.weight, x[0, : self.out_features] * 2)
 
 
+class StackedFrames(nn.Conv2d):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(torch.relu(x.reshape(-1, *x.shape[2:])))
+
+
 class Lookup(nn.Embedding):
     def forward(self, x: Tensor) -> Tensor:
         return F.embedding(x, self.weight) + 1
@@ -118,9 +123,18 @@ def test_modified_is_honest_and_a_second_time_changes_nothing(
         (nn.Linear(8, 4), torch.ones(8)),
         (nn.Conv2d(4, 8, 3, groups=2), torch.ones(1, 4, 5, 5)),
         (nn.Conv3d(4, 8, 3), torch.ones(1, 4, 5, 5, 5)),
+        (StackedFrames(4, 8, 3), torch.ones(1, 2, 4, 5, 5)),
         (Lookup(8, 4), torch.tensor([[1, 2]])),
     ],
-    ids=["read-by-something-else", "computed-bias", "no-tokens", "grouped-convolution", "conv3d", "embedding"],
+    ids=[
+        "read-by-something-else",
+        "computed-bias",
+        "no-tokens",
+        "grouped-convolution",
+        "conv3d",
+        "behind-a-change-of-shape",
+        "embedding",
+    ],
 )
 def test_refuses_what_has_no_int8_kernel_or_would_be_stored_twice(
     module: nn.Module, x: Tensor, graph_of: Callable[..., Graph], program_of: Callable[..., Program]

@@ -120,6 +120,23 @@ def test_xnnpack_convolves_in_int8(
 
 
 @pytest.mark.slow
+def test_xnnpack_convolves_in_int8_what_a_norm_and_an_activation_make_of_stacked_frames(
+    graph_of: Callable[..., Graph],
+    quantize: Callable[..., Graph],
+    run_graph: Callable[..., list[Tensor]],
+    lowered: Callable[[Graph], Lowered],
+) -> None:
+    x = torch.randn(1, 2, 8, 12, 12, generator=GENERATOR)
+    first, second = nn.Conv2d(8, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+    module = nn.Sequential(nn.Flatten(0, 1), first, nn.GroupNorm(4, 16), nn.SiLU(), second)
+    graph = graph_of(module, x=x)
+    run, _, weight_bytes_ = lowered(quantize(graph))
+    stacked, activated = 4 * (8 * 16 * 9 + 16), 16 * 8 * 9 + 4 * 8 + 4 * 8  # fp32; int8, scales, biases
+    assert weight_bytes_ == stacked + 2 * 4 * 16 + activated
+    assert relative_error(run(x), run_graph(graph, x=x)[0]) < MAX_RELATIVE_ERROR
+
+
+@pytest.mark.slow
 def test_numbers_of_the_example_text_encoder_as_xnnpack_runs_it(
     example_program: Program,
     run_graph: Callable[..., list[Tensor]],
