@@ -139,6 +139,16 @@ def _types(node: fx.Node) -> dict[fx.Node, str]:
     return {node: ""} | {arg: print_type(arg.meta["val"]) for arg in node.all_input_nodes}
 
 
+def crossing_bytes(chain: Chain, positions: Sequence[int] | Ints) -> Ints:
+    """Bytes that live across each of the positions."""
+    change = np.zeros(chain.length + 2, np.int64)
+    for value in chain.values:
+        change[value.first + 1] += value.size_bytes
+        change[value.last + 1] -= value.size_bytes
+    crossing: Ints = np.cumsum(change)[np.asarray(positions)]
+    return crossing
+
+
 def costs(chain: Chain, positions: Sequence[int], machine: Machine, most_held_bytes: int = NEVER) -> Costs:
     """What every stretch between two of the positions costs; one with more weights fits no budget, if it can be cut."""
     chosen = np.asarray(positions)
@@ -227,8 +237,7 @@ def _activation_bytes(chain: Chain, chosen: Ints) -> tuple[Ints, Ints]:
             gone += group
             after = int(np.searchsorted(chosen, last + 1, side="right"))
             np.maximum(running[row, after:], ahead[last + 1, after:] + gone, out=running[row, after:])
-    before = np.array([sum(value.size_bytes for value in crossing[int(position)]) for position in chosen])
-    return before, running
+    return crossing_bytes(chain, chosen), running
 
 
 def _passing_bytes(chain: Chain, chosen: Ints) -> Ints:

@@ -19,7 +19,7 @@ from movdc.compiler.bounds import calls_bound_s
 from movdc.compiler.cut import Costs, cheapest, largest, smallest_budget
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
-from movdc.compiler.layers import Layer, StageLayers
+from movdc.compiler.layers import Layer, StageLayers, most_working_bytes, shared_bytes
 from movdc.compiler.levels import variant_of
 from movdc.compiler.repeats import fewest_programs
 from movdc.compiler.residency import Chain, first_needs_bytes, most_bytes
@@ -29,7 +29,7 @@ from movdc.runtime.simulate import Call, Simulator
 from movdc.runtime.timeline import Report, stage_times
 
 SLACK, MOST_WEIGHT_BYTES = 0.1, 512 * 10**6  # the defaults of the pass partition
-NODES = 14  # of a layer, about
+NODES = 32  # of a layer, about
 PLANS = 3  # that are tried before the least one, each with more in reserve than the one before
 
 
@@ -70,7 +70,7 @@ class Fit:
     """What a pipeline takes on a device; nothing of it where some stage does not fit."""
 
     stages: Mapping[str, StageFit]
-    needs_bytes: int  # about the least budget that every stage can be cut for
+    needs_bytes: int  # about the least budget that every stage can be cut for, between layers
     bundle_bytes: int
     refusal: str = ""  # why it does not fit
 
@@ -146,7 +146,7 @@ class _Stage:
     @property
     def weight_bytes(self) -> int:
         """Of the weights that all variants share."""
-        return sum(next(iter(self.stored.values())))
+        return sum(next(iter(self.stored.values()))) + shared_bytes(next(iter(self.layers.variants.values())))
 
     def least(self) -> tuple[int, list[int]]:
         """The cuts that need the least by the planner's estimate, and what a first run of them holds."""
@@ -166,7 +166,7 @@ class _Stage:
         if needs_bytes > budget_bytes:
             raise BudgetError(
                 name,
-                f"takes about {format_bytes(needs_bytes)} at least, however it is cut; "
+                f"takes about {format_bytes(needs_bytes)} at least, cut between layers; "
                 f"the budget is {format_bytes(budget_bytes)}",
             )
         reserved_bytes = 0
@@ -247,13 +247,16 @@ def _costs(stage: StageLayers, layers: Sequence[Layer], stored: Sequence[int], m
     """What every stretch of layers costs, as chain.py has it of nodes."""
     count = len(layers)
     behind = np.cumsum([0, *stored])
+    tables = np.cumsum([0, *(one.shared > 0 for one in layers)])
     held = np.maximum(behind[None, :] - behind[:, None], 0)
+    held += shared_bytes(layers) * (tables[None, :] > tables[:, None])
     before = np.array([0, *(layer.live_bytes for layer in layers)], np.int64)
     before[0] = max(stage.input_bytes, stage.output_bytes)
     working = np.zeros((count + 1, count + 1), np.int64)
     for start in range(count):
-        inner = np.maximum.accumulate([layer.working_bytes for layer in layers[start:]])
-        working[start, start + 1 :] = machine.value_copies * inner
+        first, *others = layers[start:]
+        inner = [first.working_bytes, *(layer.working_bytes + layer.kept_bytes for layer in others)]
+        working[start, start + 1 :] = machine.value_copies * np.maximum.accumulate(inner)
     lasting_bytes = stage.input_bytes + machine.slab_bytes + machine.node_bytes * NODES * count
     running = before[:, None] + before[None, :] + held + working + lasting_bytes
     running[held > MOST_WEIGHT_BYTES] = 1 << 60
@@ -278,7 +281,7 @@ def _partitions(
     found: list[Partition] = []
     for index, (start, stop) in enumerate(pairwise(cuts)):
         own = layers[start:stop]
-        held_bytes = sum(stored[start:stop])
+        held_bytes = sum(stored[start:stop]) + shared_bytes(own)
         out_bytes = stage.output_bytes if stop == len(layers) else own[-1].live_bytes
         inputs = (_tensor("x", stage.input_bytes) if index == 0 else found[-1].outputs[0],)
         found.append(
@@ -292,7 +295,7 @@ def _partitions(
                 held_bytes=held_bytes,
                 load_bytes=round(machine.load_copies * held_bytes),
                 program_bytes=machine.node_bytes * NODES * len(own),
-                workspace_bytes=round(machine.value_copies * max(layer.working_bytes for layer in own)),
+                workspace_bytes=round(machine.value_copies * most_working_bytes(own)),
                 planned_bytes=0,
                 flops=sum(layer.flops for layer in own),
                 int8_flops=sum(layer.int8_flops(size) for layer, size in zip(own, stored[start:stop], strict=True)),

@@ -1,7 +1,7 @@
 """Layers: what a model computes, as sizes that follow from its config alone, so that a plan needs no trace.
 
-A layer is what a planner may cut between. Sizes are those that a traced graph has; what kernels need beside is the
-target's to say, as in a compile.
+A layer is what lies between two waists of the traced graph (compiler/waists.py), where a compile cuts. Sizes are those
+that the graph has; what kernels need beside is the target's to say, as in a compile.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ class Layer:
     flops: int
     live_bytes: int  # of tensors that later layers read, this one's results included
     working_bytes: int  # the most bytes of values within it, those that enter and leave left out
+    kept_bytes: int = 0  # of what enters it that is still there when it works the most
     looks_up: bool = False  # rows of a table instead of products
+    shared: int = 0  # values of a folded table that each partition with such layers reads, once
 
     def stored_bytes(self, int8: bool) -> int:
         """Bytes of its weights."""
@@ -33,6 +35,31 @@ class Layer:
     def int8_flops(self, stored_bytes: int) -> int:
         """All its FLOPs where its weights are stored as int8, the few of attention scores included."""
         return self.flops if stored_bytes < self.stored_bytes(int8=False) else 0
+
+
+def joined(first: Layer, second: Layer) -> Layer:
+    """Two layers without a waist between them."""
+    return Layer(
+        kind=f"{first.kind}, {second.kind}",
+        weights=first.weights + second.weights,
+        rows=first.rows + second.rows,
+        others=first.others + second.others,
+        flops=first.flops + second.flops,
+        live_bytes=second.live_bytes,
+        working_bytes=most_working_bytes((first, second)),
+        kept_bytes=first.kept_bytes,
+        shared=max(first.shared, second.shared),
+    )
+
+
+def most_working_bytes(layers: Sequence[Layer]) -> int:
+    """The most bytes of values within some layers, one after the other: what they pass on is within them, too."""
+    return max(one.working_bytes + (one.kept_bytes if index else 0) for index, one in enumerate(layers))
+
+
+def shared_bytes(layers: Sequence[Layer]) -> int:
+    """Bytes of the table that they share."""
+    return F32_BYTES * max((one.shared for one in layers), default=0)
 
 
 @dataclass(frozen=True)

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import reduce
 from typing import Any
 
-from movdc.compiler.layers import F32_BYTES, Layer, StageLayers
+from movdc.compiler.layers import F32_BYTES, Layer, StageLayers, joined
 from movdc.compiler.spec import VideoSpec
 
 ROWS = 2  # the caption and the null caption, in one evaluation
 FRAMES_PER_LATENT, CHUNK_FRAMES, LATENT_CHANNELS, PIXELS_PER_LATENT = 4, 17, 4, 8
+OVER_FRAMES, IN_FRAMES = 27, 9  # values that a convolution reads for each pixel and channel
 SINES = 256  # channels of a timestep's embedding
 Config = Mapping[str, Any]
 
@@ -53,7 +56,7 @@ def stages(
 def _text(config: Config, n: int) -> StageLayers:
     wide, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
     scores = config["num_heads"] * n * n
-    live = F32_BYTES * (n * wide + scores)  # the states, and the bias of all attentions
+    live = F32_BYTES * (n * wide + n * n)  # the states, and the mask
     attention = Layer(
         kind="text attention",
         weights=4 * wide * inner,
@@ -61,7 +64,9 @@ def _text(config: Config, n: int) -> StageLayers:
         others=wide,
         flops=8 * n * wide * inner + 4 * n * n * inner,
         live_bytes=live,
-        working_bytes=F32_BYTES * (4 * n * inner + 2 * scores),
+        working_bytes=F32_BYTES * max(4 * n * inner, n * wide + 2 * scores),
+        kept_bytes=F32_BYTES * n * wide,
+        shared=scores,  # the bias of all attentions
     )
     mlp = Layer(
         kind="text mlp",
@@ -70,12 +75,14 @@ def _text(config: Config, n: int) -> StageLayers:
         others=wide,
         flops=6 * n * wide * hidden,
         live_bytes=live,
-        working_bytes=F32_BYTES * n * (2 * hidden + wide),
+        working_bytes=F32_BYTES * n * (4 * hidden + wide),
+        kept_bytes=F32_BYTES * n * wide,
     )
     rows = config["vocab_size"]
-    lookup = Layer("text lookup", rows * wide, rows, scores, 0, live, 0, looks_up=True)
+    lookup = Layer("text lookup", rows * wide, rows, 0, 0, live, F32_BYTES * n * wide, looks_up=True)
     norm = Layer("text norm", 0, 0, wide, 0, F32_BYTES * n * wide, F32_BYTES * n * wide)
-    layers = [lookup, *[attention, mlp] * config["num_layers"], norm]
+    first = replace(attention, kind="first text attention")  # its mean is taken where the rows are looked up
+    layers = [lookup, first, mlp, *[attention, mlp] * (config["num_layers"] - 1), norm]
     return StageLayers("text_encoder", "once", {"plain": layers}, 8 * n + F32_BYTES * n, F32_BYTES * n * wide)
 
 
@@ -95,19 +102,20 @@ def _denoiser_layers(config: Config, frames: int, seen: int, patches: int, m: in
     """Attentions see `seen` of the frames; the rest of each block all of them."""
     wide, heads = config["hidden_size"], config["num_heads"]
     tokens, attended = ROWS * frames * patches, ROWS * seen * patches
-    live = F32_BYTES * (tokens * wide + ROWS * 6 * wide + ROWS * m * wide)  # states, modulation, text
+    states = F32_BYTES * tokens * wide
+    live = states + F32_BYTES * (ROWS * 6 * wide + ROWS * m * wide)  # and modulation, text
     caption = config["caption_channels"]
     entry = Layer(
         kind="denoiser entry",
-        weights=(4 * LATENT_CHANNELS + 2 * (SINES + wide) + 6 * wide + caption + wide) * wide,
-        rows=13 * wide,
-        others=13 * wide + caption * config["model_max_length"] + patches * wide,
+        weights=(4 * LATENT_CHANNELS + SINES + wide + 6 * wide + caption + wide) * wide,  # what embeds fps is folded
+        rows=11 * wide,
+        others=12 * wide + caption * config["model_max_length"] + patches * wide,
         flops=2 * tokens * 4 * LATENT_CHANNELS * wide + 2 * ROWS * m * (caption + wide) * wide,
         live_bytes=live,
-        working_bytes=F32_BYTES * tokens * wide,
+        working_bytes=states,
     )
 
-    def block(kind: str, keys: int) -> list[Layer]:
+    def block(kind: str, keys: int, tensors: int) -> list[Layer]:
         self_scores, cross_scores = heads * attended * keys, heads * attended * m
         return [
             Layer(
@@ -117,7 +125,8 @@ def _denoiser_layers(config: Config, frames: int, seen: int, patches: int, m: in
                 others=10 * wide + 2 * wide // heads,
                 flops=8 * attended * wide * wide + 4 * attended * keys * wide,
                 live_bytes=live,
-                working_bytes=F32_BYTES * (4 * attended * wide + 2 * self_scores),
+                working_bytes=F32_BYTES * max(tensors * attended * wide, attended * wide + 2 * self_scores),
+                kept_bytes=states,
             ),
             Layer(
                 kind="denoiser cross attention",
@@ -126,7 +135,8 @@ def _denoiser_layers(config: Config, frames: int, seen: int, patches: int, m: in
                 others=4 * wide,
                 flops=4 * (attended + ROWS * m) * wide * wide + 4 * attended * m * wide,
                 live_bytes=live,
-                working_bytes=F32_BYTES * (2 * attended * wide + 2 * cross_scores),
+                working_bytes=F32_BYTES * max(3 * attended * wide, ROWS * m * wide + 2 * cross_scores),
+                kept_bytes=states,
             ),
             Layer(
                 kind="denoiser mlp",
@@ -135,7 +145,8 @@ def _denoiser_layers(config: Config, frames: int, seen: int, patches: int, m: in
                 others=5 * wide,
                 flops=16 * tokens * wide * wide,
                 live_bytes=live,
-                working_bytes=F32_BYTES * tokens * 5 * wide,
+                working_bytes=12 * states,  # GELU in its parts, of four times the channels
+                kept_bytes=states,
             ),
         ]
 
@@ -147,31 +158,33 @@ def _denoiser_layers(config: Config, frames: int, seen: int, patches: int, m: in
         others=2 * wide + out,
         flops=2 * tokens * out * wide,
         live_bytes=F32_BYTES * tokens * out,
-        working_bytes=F32_BYTES * tokens * wide,
+        working_bytes=states,
     )
-    return [entry, *(block("spatial", patches) + block("temporal", seen)) * config["depth"], leave]
+    first, *others = (block("spatial", patches, 4) + block("temporal", seen, 6)) * config["depth"]  # 6 to rotate
+    return [joined(entry, first), *others[:-1], joined(others[-1], leave)]
 
 
-def _convolution(kind: str, taps: int, before: int, after: int, pixels: int, held: int = 1) -> Layer:
-    """A convolution of `taps` values a pixel; `held` tensors of its size are there for what comes later."""
+def _convolution(kind: str, taps: int, before: int, after: int, pixels: int) -> Layer:
+    """A convolution of `taps` values a pixel; one over frames works on copies of those that it reads."""
+    tensors = 6 if taps == OVER_FRAMES else 3
     return Layer(
         kind=f"{kind} {before} {after} {pixels}",
         weights=taps * before * after,
         rows=after,
         others=3 * after,
         flops=2 * taps * before * after * pixels,
-        live_bytes=F32_BYTES * held * after * pixels,
-        working_bytes=F32_BYTES * (before + after) * pixels,
+        live_bytes=F32_BYTES * after * pixels,
+        working_bytes=F32_BYTES * tensors * before * pixels,
     )
 
 
-def _block(kind: str, taps: int, before: int, after: int, pixels: int) -> list[Layer]:
+def _block(kind: str, taps: int, before: int, after: int, pixels: int) -> Layer:
     """Two convolutions, and a shortcut where channels change."""
-    layers = [
-        _convolution(kind, taps, before, after, pixels, held=2),
-        _convolution(kind, taps, after, after, pixels),
-    ]
-    return layers + ([_convolution(f"{kind} shortcut", 1, before, after, pixels)] if before != after else [])
+    layers = [_convolution(kind, taps, before, after, pixels), _convolution(kind, taps, after, after, pixels)]
+    if before != after:
+        layers.append(_convolution(f"{kind} shortcut", 1, before, after, pixels))
+    kept_bytes = F32_BYTES * before * pixels if taps == OVER_FRAMES else 0
+    return replace(reduce(joined, layers), kept_bytes=kept_bytes)
 
 
 def _temporal(vae: Config, frames: int, size: Sequence[int]) -> StageLayers:
@@ -182,18 +195,20 @@ def _temporal(vae: Config, frames: int, size: Sequence[int]) -> StageLayers:
     area = math.prod(size)
     variants = {}
     for latents, shown in dict.fromkeys(chunks(frames)):
-        pixels = latents * area
-        layers = [_convolution("temporal", 27, LATENT_CHANNELS, widths[-1], pixels)]
-        layers += _block("temporal", 27, widths[-1], widths[-1], pixels) * blocks
-        before = widths[-1]
+        pixels, before = latents * area, widths[-1]
+        block = _block("temporal", OVER_FRAMES, before, before, pixels)
+        layers = [joined(_convolution("temporal", OVER_FRAMES, LATENT_CHANNELS, before, pixels), block)]
+        layers += [block] * (blocks - 1)
         for level in reversed(range(len(widths))):
-            for index in range(blocks):
-                layers += _block("temporal", 27, before if index == 0 else widths[level], widths[level], pixels)
-            before = widths[level]
+            for _ in range(blocks):
+                block = _block("temporal", OVER_FRAMES, before, widths[level], pixels)
+                narrows = layers[-1].kind.startswith("temporal up") and before > widths[level]
+                layers.append(joined(layers.pop(), block) if narrows else block)
+                before = widths[level]
             if level > 0 and strides[level - 1] > 1:
-                layers.append(_convolution("temporal up", 27, before, 2 * before, pixels))
+                layers.append(_convolution("temporal up", OVER_FRAMES, before, 2 * before, pixels))
                 pixels *= 2
-        layers.append(_convolution("temporal exit", 27, before, LATENT_CHANNELS, pixels))
+        layers.append(_convolution("temporal exit", OVER_FRAMES, before, LATENT_CHANNELS, pixels))
         variants[f"frames{shown}"] = layers
     latents, shown = chunks(frames)[0]
     sizes = (F32_BYTES * LATENT_CHANNELS * count * area for count in (latents, shown))
@@ -213,19 +228,20 @@ def _spatial(vae: Config, batch: int, size: Sequence[int]) -> StageLayers:
         others=6 * top,
         flops=8 * pixels * top * top + 4 * scores * top,
         live_bytes=F32_BYTES * top * pixels,
-        working_bytes=F32_BYTES * (4 * top * pixels + 2 * scores),
+        working_bytes=F32_BYTES * max(4 * top * pixels, 2 * top * pixels + 2 * scores),
     )
-    layers = [_convolution("spatial", 9, LATENT_CHANNELS, top, pixels)]
-    layers += [*_block("spatial", 9, top, top, pixels), attention, *_block("spatial", 9, top, top, pixels)]
+    block = _block("spatial", IN_FRAMES, top, top, pixels)
+    layers = [joined(_convolution("spatial", IN_FRAMES, LATENT_CHANNELS, top, pixels), block), attention, block]
     before = top
     for level, after in enumerate(reversed(widths)):
         for index in range(blocks):
-            layers += _block("spatial", 9, before if index == 0 else after, after, pixels)
-        before = after
+            block = _block("spatial", IN_FRAMES, before, after, pixels)
+            layers.append(joined(layers.pop(), block) if level > 0 and index == 0 else block)
+            before = after
         if level + 1 < len(widths):
             pixels *= 4
-            layers.append(_convolution("spatial up", 9, before, before, pixels))
-    layers.append(_convolution("spatial exit", 9, before, out, pixels))
+            layers.append(_convolution("spatial up", IN_FRAMES, before, before, pixels))
+    layers.append(joined(layers.pop(), _convolution("spatial exit", IN_FRAMES, before, out, pixels)))
     area = F32_BYTES * batch * math.prod(size)
     return StageLayers(
         "vae_spatial", "per_chunk", {"plain": layers}, LATENT_CHANNELS * area, out * PIXELS_PER_LATENT**2 * area

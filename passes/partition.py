@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import pairwise
 from typing import ClassVar
 
-from movdc.compiler.chain import chain_of, common_positions, costs, stretch_texts
-from movdc.compiler.cut import Costs, largest, least_s, planned, smallest_budget
-from movdc.compiler.device import Machine
+from movdc.compiler.chain import chain_of, common_positions, costs
+from movdc.compiler.cut import smallest_budget
 from movdc.compiler.errors import BudgetError, MovdcError
 from movdc.compiler.pass_base import Pass, PassResult
-from movdc.compiler.pieces import piece_of
+from movdc.compiler.planner import Plan, plan
 from movdc.compiler.program import Graph, Program, Stage
-from movdc.compiler.repeats import Programs, fewest_programs
 from movdc.compiler.units import format_bytes
 
 
@@ -32,7 +27,8 @@ class Partition(Pass):
     while a partition runs the next one loads, where both fit together (compiler/cut.py). The variants of a stage are
     cut behind the same nodes, so that they share weights, where their names and weights allow. Of plans within
     1 + `slack` of the least time the one with the fewest programs wins, so that equal blocks become equal partitions;
-    a tenth is about what the rates of a device are known to, and 0 takes plans of equal time only.
+    a tenth is about what the rates of a device are known to, and 0 takes plans of equal time only. Of those plans one
+    that cuts at waists, where little crosses, goes before all that do not (compiler/planner.py).
     Refuses: 1. a budget that no cutting can meet (BudgetError with the smallest one that can be met, and the node that
     sets it). Never cuts: 2. between a node with several results and the nodes that pick them, because only tensors
     cross; 3. inside a quantized linear, because its nodes are one kernel.
@@ -59,75 +55,28 @@ class Partition(Pass):
         modified = False
         notes = []
         for stage in program.stages:
-            for variants, plan in _plans(stage, program, self):
-                notes.append(f"{stage.name} ({', '.join(variants)}) {plan.note}")
+            for variants, found in _plans(stage, program, self):
+                notes.append(f"{stage.name} ({', '.join(variants)}) {found.note}")
                 for index, (variant, graph) in enumerate(variants.items()):
                     nodes = graph.compute_nodes
-                    names = tuple(nodes[plan.positions[at][index] - 1].name for at in plan.cuts[1:-1])
+                    names = tuple(nodes[found.positions[at][index] - 1].name for at in found.cuts[1:-1])
                     if names != graph.cuts:
                         graph, modified = replace(graph, cuts=names, templates=()), True
-                    cut[stage.name, variant] = replace(graph, estimated_bytes=planned(plan.costs, plan.cuts).peak_bytes)
+                    cut[stage.name, variant] = replace(graph, estimated_bytes=found.prediction.peak_bytes)
         return PassResult(program.map_graphs(cut), modified, "; ".join(notes))
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """Cuts of variants that are cut alike: indices of `positions`, which has one position for each variant."""
-
-    positions: list[tuple[int, ...]]
-    costs: Costs
-    cuts: list[int]
-    programs: int
-
-    @property
-    def note(self) -> str:
-        """What was found, and how far it is from what no cutting can beat."""
-        one = planned(self.costs, self.cuts)
-        count, least = len(self.cuts) - 1, least_s(self.costs)
-        return (
-            f"{count} partitions, {self.programs} programs, {count - 1 - one.overlapped} loads that wait: "
-            f"{one.seconds:.4g} s, at least {least:.4g} s ({one.seconds / least - 1:.0%} above), "
-            f"peak {format_bytes(one.peak_bytes)}"
-        )
-
-
-def _plans(stage: Stage, program: Program, options: Partition) -> list[tuple[Mapping[str, Graph], _Plan]]:
+def _plans(stage: Stage, program: Program, options: Partition) -> list[tuple[Mapping[str, Graph], Plan]]:
     """Plans for all variants together, or for each alone if they have too little in common to fit."""
     machine = program.machine.planning(stage.name)
-    whole = _plan(list(stage.variants.values()), machine, options)
+    most_bytes = options.weights_mb * 10**6
+    whole = plan(list(stage.variants.values()), machine, options.slack, most_bytes)
     if whole is not None:
         return [(stage.variants, whole)]
-    alone = [(name, graph, _plan([graph], machine, options)) for name, graph in stage.variants.items()]
-    if any(plan is None for *_, plan in alone):
+    alone = [(name, graph, plan([graph], machine, options.slack, most_bytes)) for name, graph in stage.variants.items()]
+    if any(one is None for *_, one in alone):
         raise _infeasible(program)
-    return [({name: graph}, plan) for name, graph, plan in alone if plan is not None]
-
-
-def _plan(graphs: Sequence[Graph], machine: Machine, options: Partition) -> _Plan | None:
-    positions = common_positions(graphs)
-    each = list(zip(*positions, strict=True))
-    most_bytes = options.weights_mb * 10**6
-    of_all = largest(
-        costs(chain_of(one, machine.held_as), own, machine, most_bytes) for one, own in zip(graphs, each, strict=True)
-    )
-    texts = zip(*[stretch_texts(graph, own) for graph, own in zip(graphs, each, strict=True)], strict=True)
-    numbers: dict[tuple[str, ...], int] = {}
-    kinds = [numbers.setdefault(text, len(numbers)) for text in texts]
-    programs = _programs(graphs, each)
-    cuts = fewest_programs(of_all, kinds, options.slack, programs)
-    return None if cuts is None else _Plan(positions, of_all, cuts, programs(cuts))
-
-
-def _programs(graphs: Sequence[Graph], positions: Sequence[Sequence[int]]) -> Programs:
-    """Counts the distinct texts of pieces, which is what share-templates lowers."""
-    nodes = [graph.compute_nodes for graph in graphs]
-
-    @cache
-    def digests(start: int, stop: int) -> tuple[bytes, ...]:
-        pieces = [piece_of(g, some[at[start] : at[stop]]) for g, some, at in zip(graphs, nodes, positions, strict=True)]
-        return tuple(hashlib.sha256(piece.text().encode()).digest() for piece in pieces)
-
-    return lambda cuts: len({digest for start, stop in pairwise(cuts) for digest in digests(start, stop)})
+    return [({name: graph}, one) for name, graph, one in alone if one is not None]
 
 
 def _infeasible(program: Program) -> BudgetError:

@@ -37,10 +37,9 @@ def test_published_configs_have_the_published_numbers_of_parameters_and_flops() 
         for name, one in found.items()
         for variant, layers in one.variants.items()
     }
-    table = 64 * 35 * 35  # of positions, which a compile folds
-    assert values["text_encoder", "plain"] - table == pytest.approx(4630708224 + 131596288, rel=1e-4)
+    assert values["text_encoder", "plain"] == pytest.approx(4630708224 + 131596288, rel=1e-4)
     assert values["denoiser", "plain"] == pytest.approx(1207643972, rel=2e-3)
-    assert values["denoiser", "merged"] == values["denoiser", "plain"] - 0
+    assert values["denoiser", "merged"] == values["denoiser", "plain"]
     assert values["vae_temporal", "frames17"] == pytest.approx(165265924, rel=1e-3)
     assert values["vae_spatial", "plain"] == pytest.approx(49490179, rel=1e-3)
     plain, merged = (sum(one.flops for one in found["denoiser"].variants[name]) for name in ("plain", "merged"))

@@ -243,6 +243,33 @@ def test_no_budget_is_exceeded_by_a_random_graph_and_no_cutting_is_faster(
         assert predict(measured, found).seconds == pytest.approx(fastest)  # type: ignore[union-attr]
 
 
+class Residual(nn.Module):
+    """Blocks with branches that are wider than what goes around them."""
+
+    def __init__(self, blocks: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(16) for _ in range(blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(torch.sin(x))
+        return x
+
+
+def test_cuts_are_at_waists_where_these_fit_and_within_blocks_where_not(
+    graph_of: GraphOf, program_of: ProgramOf
+) -> None:
+    graph = graph_of(Residual(6), x=torch.randn(2, 16))
+    between = [node.name for node in graph.compute_nodes if "add" in node.name]
+    roomy, tight = (
+        _cut(program_of(replace(MACHINE, budget_bytes=budget_bytes), net=graph)) for budget_bytes in (20000, 9000)
+    )
+    assert len(roomy.cuts) > 1
+    assert set(roomy.cuts) <= set(between)
+    assert len(tight.cuts) > 6
+    assert not set(tight.cuts) <= set(between)
+
+
 def test_variants_are_cut_behind_the_same_nodes(graph_of: GraphOf, program_of: ProgramOf) -> None:
     module = Stack(4)
     plain, longer = graph_of(module, x=X), graph_of(module, x=torch.cat((X, X)))
