@@ -260,14 +260,15 @@ def test_cuts_are_at_waists_where_these_fit_and_within_blocks_where_not(
     graph_of: GraphOf, program_of: ProgramOf
 ) -> None:
     graph = graph_of(Residual(6), x=torch.randn(2, 16))
-    between = [node.name for node in graph.compute_nodes if "add" in node.name]
+    adds = [node.name for node in graph.compute_nodes if "add" in node.name]
+    between = {adds[0], *adds[1::2]}  # the branch of the first block is beside an input, which nobody frees
     roomy, tight = (
         _cut(program_of(replace(MACHINE, budget_bytes=budget_bytes), net=graph)) for budget_bytes in (20000, 9000)
     )
     assert len(roomy.cuts) > 1
-    assert set(roomy.cuts) <= set(between)
+    assert set(roomy.cuts) <= between
     assert len(tight.cuts) > 6
-    assert not set(tight.cuts) <= set(between)
+    assert not set(tight.cuts) <= between
 
 
 def test_variants_are_cut_behind_the_same_nodes(graph_of: GraphOf, program_of: ProgramOf) -> None:
