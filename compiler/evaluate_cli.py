@@ -11,7 +11,7 @@ from platformdirs import user_cache_path
 from rich.console import Console
 
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.folders import write_output
+from movdc.compiler.folders import check_output, write_output
 from movdc.compiler.list_cli import silence_libraries
 from movdc.compiler.progress import Bars, progress_bars
 from movdc.runtime.bundle import Bundle
@@ -164,6 +164,7 @@ def tune(
     budget_bytes = budget_of(memory_budget) or spec_file.spec.memory_budget
     spec_file = spec_file.with_spec(spec_file.spec.model_copy(update={"memory_budget": budget_bytes}))
     profile = profile_of(device or spec_file.spec.device)
+    check_output(out)
     with progress_bars(console) as progress, open_pool(jobs, scheduler) as pool:
         kept = cache or user_cache_path("movdc") / "compile"
         trials = Trials(spec_file, profile, texts, seeds, folder, kept, pool, Bars(progress))

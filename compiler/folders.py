@@ -48,6 +48,14 @@ def make_parent(path: Path) -> None:
         raise MovdcError(f"{path}: its folder cannot be made ({error.strerror}); choose another path") from None
 
 
+def check_output(path: Path) -> None:
+    """Raise MovdcError before minutes of work for a file that cannot be written after them; makes its folder."""
+    make_parent(path)
+    code = errno.EISDIR if path.is_dir() else errno.EACCES
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise _unwritable(path, OSError(code, os.strerror(code)))
+
+
 def write_output(path: Path, text: str) -> None:
     """Write a file that an option names, its folder included; raises MovdcError where that cannot be."""
     make_parent(path)
@@ -56,7 +64,11 @@ def write_output(path: Path, text: str) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise MovdcError(f"{path}: cannot be written ({error.strerror}); give the path of a file") from None
+        raise _unwritable(path, error) from None
+
+
+def _unwritable(path: Path, error: OSError) -> MovdcError:
+    return MovdcError(f"{path}: cannot be written ({error.strerror}); give the path of a file")
 
 
 def place(source: Path, destination: Path) -> None:

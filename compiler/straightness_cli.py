@@ -9,7 +9,7 @@ import typer
 from platformdirs import user_cache_path
 from rich.console import Console
 
-from movdc.compiler.folders import write_output
+from movdc.compiler.folders import check_output, write_output
 from movdc.compiler.progress import Bars, progress_bars
 from movdc.compiler.tables import print_straightness
 from movdc.runtime.bundle import Bundle
@@ -33,6 +33,8 @@ def straightness(
     from movdc.evaluate.settings import load_prompts
 
     lines = load_prompts(prompts)
+    if out is not None:
+        check_output(out)
     read = Bundle.read(bundle)
     executor = open_executor(read, packed_cache=packed_cache or user_cache_path("movdc") / "packed")
     generator = Generator(read, executor, PromptCache(user_cache_path("movdc") / "prompts"))

@@ -67,3 +67,15 @@ def test_prompts_that_cannot_be_read_are_refused(movdc: Movdc, refused: Refused,
     assert "cannot be read" in refused(movdc("straightness", bundle, "--prompts", tmp_path / "none.txt"))
     (tmp_path / "empty.txt").write_text("\n \n")
     assert "has no prompt" in refused(movdc("straightness", bundle, "--prompts", tmp_path / "empty.txt"))
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_anything_is_measured(
+    movdc: Movdc, refused: Refused, bundle: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "prompts.txt").write_text("\n".join(PROMPTS) + "\n")
+    (tmp_path / "file").write_text("")
+    for out, reason in ((tmp_path, "cannot be written"), (tmp_path / "file" / "curves.json", "cannot be made")):
+        done = movdc("straightness", bundle, "--prompts", tmp_path / "prompts.txt", "-o", out)
+        assert f"{out}: " in refused(done)
+        assert reason in refused(done)
+        assert "median" not in done.stdout, "no table of what was measured"

@@ -108,6 +108,16 @@ def test_a_limit_that_cannot_be_read_is_refused_before_anything_is_compiled(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
+def test_a_yaml_that_cannot_be_written_is_refused_before_anything_is_compiled(
+    movdc: Movdc, refused: Refused, example: Path, tmp_path: Path
+) -> None:
+    prompts = example.parent / "tiny-prompts.txt"
+    line = ["tune", example, "--prompts", prompts, "-o", tmp_path, "--max-loss", "psnr>=30dB"]
+    assert f"{tmp_path}: cannot be written (Is a directory)" in refused(movdc(*line, cwd=tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_the_chosen_yaml_says_the_same_from_another_folder(example: Path, tmp_path: Path) -> None:
     given = load_spec(example)
     chosen = Setting(leap="fixed", merge_steps=8, int8=("text_encoder",), steps=20)
