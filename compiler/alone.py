@@ -13,6 +13,7 @@ from movdc.runtime.bundle import MANIFEST, SEAL, Bundle, File, Manifest, Partiti
 from movdc.runtime.expected import Expected
 
 NAME = "alone"
+_DIGITS = 16  # of a name in a bundle: programs of ONNX have room for so many
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def _write_weights(piece: Piece, artifact: Artifact, target: Target, folder: Pat
     for group in ("weights", "tables"):
         refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
         if own := [slot for slot in artifact.slots if slot.weight in refs]:
-            path = f"{group}{target.weights_suffix}"
+            path = f"{group:_<{_DIGITS}}{target.weights_suffix}"
             written = target.write_weights(own, refs, folder / path)
             files.append(WeightsFile(path=path, constants=written.constants))
     return tuple(files)
