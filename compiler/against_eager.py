@@ -1,17 +1,18 @@
-"""A bundle against PyTorch: each of its partitions and stages on the same inputs, from the checkpoints in fp32."""
+"""A bundle against PyTorch, from the checkpoints: partitions as the target should compute them, stages in fp32."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from functools import partial
+from typing import Any
 
 import numpy as np
 from torch import Tensor, fx
 
 from movdc.compiler.device import Machine
-from movdc.compiler.eager import evaluate
 from movdc.compiler.errors import MovdcError
+from movdc.compiler.expectation import expectation
 from movdc.compiler.family import Family
 from movdc.compiler.pass_base import Pass, run_passes
 from movdc.compiler.pieces import Piece, piece_of
@@ -27,6 +28,7 @@ from movdc.runtime.replay import Finding, Progress, replay_sampler
 from movdc.runtime.replay_sampler import sampler_check
 
 Array = np.ndarray[Any, Any]
+Run = Callable[[Mapping[str, Array]], Mapping[str, Array]]
 _LEFT_OUT = ("partition", "share-templates")  # the bundle says how it is cut
 
 
@@ -40,10 +42,6 @@ class Source:
     passes: Sequence[Pass]
     target: Target
     manifest: Manifest
-
-    def figure_db(self, pieces: Sequence[Piece]) -> float:
-        """What these pieces are held to."""
-        return min_sqnr_db(pieces, self.passes, self.target.min_sqnr_db() or 0.0)
 
 
 def source_of(
@@ -95,20 +93,20 @@ def inputs_for(name: str, piece: Piece) -> dict[str, Tensor]:
     return made_inputs(name, recipes_of(piece.graph, specs), specs)
 
 
-def compared(piece: Piece, inputs: Mapping[str, Tensor], ours: Mapping[str, Array]) -> Error:
-    """The worst of a piece's outputs."""
-    right = evaluate(piece, inputs)
-    return worst_of({name: compare(ours[name], tensor.numpy(), name) for name, tensor in right.items()})
+def compared(piece: Piece, target: Target, name: str, run: Run) -> tuple[Error, float]:
+    """How far a program is from what it should make of the inputs that follow from a name, and what it is held to."""
+    inputs = inputs_for(name, piece)
+    right, figure_db = expectation(piece, inputs, target)
+    ours = run({one: tensor.numpy() for one, tensor in inputs.items()})
+    return worst_of({one: compare(ours[one], tensor.numpy(), one) for one, tensor in right.items()}), figure_db
 
 
 def _partition_finding(source: Source, name: str, executor: AnyExecutor) -> Finding:
-    piece = source.pieces[name]
-    inputs = inputs_for(name, piece)
-
-    def error() -> Error:
-        return compared(piece, inputs, executor.run_partition(name, {k: v.numpy() for k, v in inputs.items()}))
-
-    return _finding("partition", name, source.figure_db([piece]), error)
+    try:
+        error, figure_db = compared(source.pieces[name], source.target, name, partial(executor.run_partition, name))
+    except RunError as failed:
+        return Finding("partition", name, False, note=str(failed))
+    return Finding("partition", name, error.sqnr_db >= figure_db, figure_db, error)
 
 
 def _stage_finding(source: Source, stage: str, variant: str, executor: AnyExecutor) -> Finding:
@@ -116,22 +114,16 @@ def _stage_finding(source: Source, stage: str, variant: str, executor: AnyExecut
     graph = source.graphs[name]
     pieces = [piece for one, piece in source.pieces.items() if one.startswith(f"{name}.")]
     inputs = made_inputs(name, recipes_of(graph, graph.inputs), graph.inputs)
-
-    def error() -> Error:
-        ours = executor.run(stage, variant, {k: v.numpy() for k, v in inputs.items()})
-        right = run_pieces(pieces, inputs)
-        names = [spec.name for spec in graph.outputs]
-        return worst_of({one: compare(ours[one], right[one].numpy(), one) for one in names})
-
-    return _finding("stage", name, source.figure_db(pieces), error)
-
-
-def _finding(kind: Literal["partition", "stage"], name: str, figure_db: float, error: Callable[[], Error]) -> Finding:
+    figure_db = min_sqnr_db(pieces, source.passes, source.target.min_sqnr_db() or 0.0)
     try:
-        found = error()
+        ours = executor.run(stage, variant, {k: v.numpy() for k, v in inputs.items()})
     except RunError as failed:
-        return Finding(kind, name, False, figure_db, note=str(failed))
-    return Finding(kind, name, found.sqnr_db >= figure_db, figure_db, found)
+        return Finding("stage", name, False, figure_db, note=str(failed))
+    right = run_pieces(pieces, inputs)
+    error = worst_of(
+        {spec.name: compare(ours[spec.name], right[spec.name].numpy(), spec.name) for spec in graph.outputs}
+    )
+    return Finding("stage", name, error.sqnr_db >= figure_db, figure_db, error)
 
 
 def piece_between(graph: Graph, partition: Partition, stage: str) -> Piece:

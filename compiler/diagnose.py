@@ -5,12 +5,14 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-from torch import Tensor, fx
+from torch import fx
 
-from movdc.compiler.against_eager import Source, compared, inputs_for
+from movdc.compiler.against_eager import Source, compared
 from movdc.compiler.alone import NAME, Alone, lower_alone
+from movdc.compiler.cost import is_fused_with_users
 from movdc.compiler.pieces import Piece, piece_of
 from movdc.compiler.printer import print_node
 from movdc.compiler.program import value_of
@@ -67,11 +69,7 @@ def _of_weights(piece: Piece, alone: Alone, wrong: Mapping[str, str]) -> str:
 def _first_wrong(source: Source, name: str, bundle: Bundle) -> fx.Node | None:
     """The first node whose value is wrong, if the partition is cut off behind it; by halves, for errors stay."""
     piece = source.pieces[name]
-    nodes = [
-        node
-        for node in piece.nodes
-        if isinstance(node.meta.get("val"), Tensor) and value_of(node).dtype.is_floating_point
-    ]
+    nodes = [node for node in piece.nodes if not is_fused_with_users(node) and value_of(node).dtype.is_floating_point]
     low, high = 0, len(nodes)  # those before `low` are right, and the one at `high` is wrong
     while low < high:
         middle = (low + high) // 2
@@ -86,10 +84,9 @@ def _is_right(source: Source, name: str, piece: Piece, bundle: Bundle) -> bool:
     with tempfile.TemporaryDirectory(prefix="movdc-") as folder:
         alone = lower_alone(piece, source.target, bundle.manifest, Path(folder))
         executor = open_executor(alone.bundle, memory_budget=_ROOM_BYTES)
-        inputs = inputs_for(name, piece)
-        error = compared(piece, inputs, executor.run_partition(NAME, {k: v.numpy() for k, v in inputs.items()}))
+        error, figure_db = compared(piece, source.target, name, partial(executor.run_partition, NAME))
         executor.release()
-    return error.sqnr_db >= source.figure_db([piece])
+    return error.sqnr_db >= figure_db
 
 
 def _until(piece: Piece, last: fx.Node) -> Piece:

@@ -1,4 +1,8 @@
-"""Recording what a bundle is expected to make: each partition and stage, evaluated with PyTorch in fp32."""
+"""Recording what a bundle is expected to make: each partition and stage, evaluated with PyTorch.
+
+A partition is evaluated as the target should compute it, int8 included: what a model loses by int8 is no fault of a
+program. A stage is evaluated in fp32 and held to what the passes declare, so that this loss is seen there.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +17,7 @@ from torch import Tensor, fx
 
 from movdc.compiler.cache import CompileCache, key_of
 from movdc.compiler.eager import evaluate
+from movdc.compiler.expectation import expectation, is_rounded
 from movdc.compiler.identity import code_identity
 from movdc.compiler.pass_base import Pass
 from movdc.compiler.pieces import Piece, split
@@ -36,10 +41,8 @@ class _Wanted:
     pieces: tuple[Piece, ...]
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[str, ...]
-
-    @property
-    def flops(self) -> int:
-        return sum(piece.flops for piece in self.pieces)
+    is_partition: bool
+    flops: int  # of evaluating it
 
 
 def record(
@@ -54,7 +57,7 @@ def record(
     of_target_db = target.min_sqnr_db()
     if of_target_db is None:
         return Expected()
-    partitions, stages, firsts = _everything(program)
+    partitions, stages, firsts = _everything(program, target)
     order = [
         *sorted((one for one in partitions if one.name in firsts), key=lambda one: one.flops),
         *sorted(stages, key=lambda one: one.flops),
@@ -68,8 +71,7 @@ def record(
     checks: dict[str, Check] = {}
     on_done(0, len(chosen))
     for one in chosen:
-        check = _recorded(one, min_sqnr_db(one.pieces, passes, of_target_db), cache)
-        if all(math.isfinite(digest.l2) for digest in check.outputs):  # what such inputs make of it says something
+        if check := _recorded(one, target, min_sqnr_db(one.pieces, passes, of_target_db), cache):
             checks[one.name] = check
         on_done(len(checks), len(chosen))
     return Expected(
@@ -79,7 +81,7 @@ def record(
 
 
 def min_sqnr_db(pieces: Sequence[Piece], passes: Sequence[Pass], of_target_db: float) -> float:
-    """What pieces are held to: the least that the target and the passes which changed one of them declare."""
+    """What a stage is held to: the least that the target and the passes which changed a piece of it declare."""
     figures = (one.min_sqnr_db(piece) for one in passes for piece in pieces)
     return min([of_target_db, *(figure for figure in figures if figure is not None)])
 
@@ -106,7 +108,7 @@ def run_pieces(pieces: Sequence[Piece], inputs: Mapping[str, Tensor]) -> dict[st
     return tensors
 
 
-def _everything(program: Program) -> tuple[list[_Wanted], list[_Wanted], set[str]]:
+def _everything(program: Program, target: Target) -> tuple[list[_Wanted], list[_Wanted], set[str]]:
     """All partitions, all variants of stages, and the names of the partitions that are the first of their template."""
     partitions, stages, seen, firsts = [], [], set(), set()
     for stage, variant, graph in program.graphs():
@@ -117,23 +119,35 @@ def _everything(program: Program) -> tuple[list[_Wanted], list[_Wanted], set[str
                 firsts.add(name)
                 seen.add((stage, template))
             inputs = tuple(piece.tensor(node) for node in piece.inputs)
-            partitions.append(_Wanted(name, (piece,), inputs, tuple(piece.tensor(one).name for one in piece.outputs)))
+            outputs = tuple(piece.tensor(one).name for one in piece.outputs)
+            flops = piece.flops * (2 if is_rounded(piece, target) else 1)
+            partitions.append(_Wanted(name, (piece,), inputs, outputs, True, flops))
         outputs = tuple(spec.name for spec in graph.outputs)
-        stages.append(_Wanted(f"{stage}.{variant}", tuple(pieces), graph.inputs, outputs))
+        flops = sum(piece.flops for piece in pieces)
+        stages.append(_Wanted(f"{stage}.{variant}", tuple(pieces), graph.inputs, outputs, False, flops))
     return partitions, stages, firsts
 
 
-def _recorded(one: _Wanted, figure_db: float, cache: CompileCache) -> Check:
-    identity = code_identity("movdc.compiler.eager", "movdc.compiler.record", "movdc.runtime.expected")
+def _recorded(one: _Wanted, target: Target, stage_db: float, cache: CompileCache) -> Check | None:
+    """The check, or None where what comes out is not finite: it would say nothing."""
+    names = ("compiler.eager", "compiler.expectation", "compiler.record", "runtime.expected")
+    identity = code_identity(*(f"movdc.{name}" for name in names))
+    arithmetic = target.identity if one.is_partition else f"fp32, {stage_db} dB"
     weights = [weight.ref.identity for piece in one.pieces for weight in piece.weights]
     texts = [piece.text() for piece in one.pieces]
     inputs = json.dumps([spec.model_dump() for spec in one.inputs])
-    key = key_of("expected", one.name, inputs, *one.outputs, *texts, *weights, identity, version("torch"))
+    key = key_of("expected", one.name, inputs, *one.outputs, *texts, *weights, arithmetic, identity, version("torch"))
     if entry := cache.get(key):
-        return Check.model_validate_json(entry.path.read_bytes()).model_copy(update={"min_sqnr_db": figure_db})
+        return Check.model_validate_json(entry.path.read_bytes())
     recipes = recipes_of(one.pieces[0].graph, one.inputs)
-    tensors = run_pieces(one.pieces, made_inputs(one.name, recipes, one.inputs))
+    made = made_inputs(one.name, recipes, one.inputs)
+    if one.is_partition:
+        tensors, figure_db = expectation(one.pieces[0], made, target)
+    else:
+        tensors, figure_db = run_pieces(one.pieces, made), stage_db
     digests = tuple(digest_of(tensors[name].numpy(), name, one.name) for name in one.outputs)
+    if not all(map(math.isfinite, (figure_db, *(digest.l2 for digest in digests)))):
+        return None
     check = Check(name=one.name, inputs=recipes, outputs=digests, min_sqnr_db=figure_db)
     cache.put_bytes(key, check.model_dump_json().encode())
     return check

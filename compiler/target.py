@@ -130,8 +130,12 @@ class Target(Configured, ABC):
         """The type that most products of floating point are computed in."""
         return "f32"
 
+    def through_int8(self, rows: Tensor) -> Tensor:
+        """What is left of an input [rows, items] that a product with int8 weights reads; all of it, if as floats."""
+        return rows
+
     def min_sqnr_db(self) -> float | None:
-        """The ratio of signal to error that its programs keep of fp32 results; None if it makes no programs.
+        """The ratio of signal to error that its programs keep where nothing is rounded to int8; None if it makes none.
 
         Another order of summation in fp32 gives 95 to 130; the figure for fp16 is assumed, for no device was measured.
         """

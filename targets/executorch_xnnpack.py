@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from torch import fx
+import torch.ao.quantization.fx._decomposed  # registers the operators of quantized_decomposed
+from torch import Tensor, fx
 
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.hashed_file import HashedFile
@@ -24,6 +25,7 @@ from movdc.targets.delegation import delegation
 from movdc.targets.footprint import measure
 from movdc.targets.ptd import constants_of, recognise, write_ptd
 
+quantized = torch.ops.quantized_decomposed
 _TAG = "weights"
 
 
@@ -69,6 +71,13 @@ class ExecutorchXnnpack(Target):
         memory = measure(path, stand_ins, constants, inputs, outputs)
         stand_ins.unlink()
         return Artifact(path, sha256, slots, memory, delegated_nodes, fallback)
+
+    def through_int8(self, rows: Tensor) -> Tensor:
+        """A row from its least to its largest value, zero included, in 255 steps, as PyTorch has it from XNNPACK."""
+        grid = (*quantized.choose_qparams_per_token_asymmetric(rows, torch.int8), -128, 127, torch.int8)
+        stored = quantized.quantize_per_token(rows, *grid)
+        restored: Tensor = quantized.dequantize_per_token(stored, *grid, torch.float32)
+        return restored
 
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write a .ptd file."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.hashed_file import HashedFile
@@ -21,6 +21,7 @@ from movdc.runtime.bundle import Constant
 from movdc.runtime.onnx_location import location_of
 from movdc.targets.onnx_footprint import measure
 from movdc.targets.onnx_module import OnnxModule, onnx_module
+from movdc.targets.onnx_products import OFFSET, quantized
 
 OPSET = 20  # the first with GELU, in both of its forms
 
@@ -74,6 +75,11 @@ class Onnx(Target):
         for group in constants:
             (directory / location_of(group)).unlink()
         return Artifact(path, written.sha256, made.slots, memory, delegated_nodes=nodes)
+
+    def through_int8(self, rows: Tensor) -> Tensor:
+        """A row in 127 steps on each side of zero."""
+        stored, step = quantized(rows, (-1,))
+        return (stored.float() - OFFSET) * step
 
 
 def _export(piece: Piece, made: OnnxModule) -> Any:

@@ -29,7 +29,7 @@ def linear(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def linear_int8(x: Tensor, matrix: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
     """A linear layer on a uint8 matrix [in, out] with a scale [out] for each column."""
-    stored, step = _quantize(x, (-1,))
+    stored, step = quantized(x, (-1,))
     sums = _sums("MatMulInteger", stored, matrix, (*x.shape[:-1], matrix.shape[1]))
     product = sums.to(torch.float32) * step * scale
     return product if bias is None else product + bias
@@ -46,13 +46,13 @@ def conv2d_int8(
     shape: tuple[int, ...],
 ) -> Tensor:
     """A convolution [B, C, H, W] of a given shape on a uint8 kernel with a scale [C, 1, 1] for each output channel."""
-    stored, step = _quantize(x, (1, 2, 3))
+    stored, step = quantized(x, (1, 2, 3))
     settings = {"strides": list(stride), "pads": [*padding, *padding], "dilations": list(dilation)}
     product = _sums("ConvInteger", stored, kernel, shape, **settings).to(torch.float32) * step * scale
     return product if bias is None else product + bias.reshape(-1, 1, 1)
 
 
-def _quantize(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+def quantized(x: Tensor, over: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Values as uint8 around OFFSET, and the step between two of them, one for what `over` leaves."""
     step = (x.abs().amax(over, keepdim=True) / _STEPS).clamp(min=_MIN_STEP)
     return (torch.round(x / step) + OFFSET).to(torch.uint8), step

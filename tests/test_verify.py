@@ -21,12 +21,14 @@ from movdc.compiler.alone import NAME, lower_alone
 from movdc.compiler.device import Machine
 from movdc.compiler.diagnose import diagnose
 from movdc.compiler.int8 import channel_scales
+from movdc.compiler.pass_base import Pass, run_passes
 from movdc.compiler.pieces import Piece, split
-from movdc.compiler.program import Graph
+from movdc.compiler.program import Graph, Program
 from movdc.compiler.spec import load_spec
 from movdc.compiler.target import Artifact
 from movdc.models.opensora import OpenSora
 from movdc.passes.pipeline import parse_pipeline
+from movdc.passes.quantize_int8 import QuantizeInt8
 from movdc.runtime.bundle import MANIFEST, SEAL, Bundle, seal_of
 from movdc.runtime.executors import open_executor
 from movdc.runtime.replay import Finding, replay
@@ -109,15 +111,20 @@ def _flipped_weight(copy: Copy) -> None:
     copy.change("denoiser.plain.2", _is_matrix, flip)
 
 
-def _wrong_scale(copy: Copy) -> None:
+def _scale_off(copy: Copy, factor: float) -> None:
+    """All scales of one int8 matrix of the text encoder."""
     checkpoint = Path(__file__).parents[1] / "examples/checkpoints/tiny/text_encoder/model.safetensors"
     weight = load_file(checkpoint)["encoder.block.0.layer.0.SelfAttention.v.weight"]
     scales = channel_scales(weight).numpy().tobytes()
 
-    def double(part: Array) -> None:
-        part.view(np.float32)[:] *= 2
+    def multiply(part: Array) -> None:
+        part.view(np.float32)[:] *= factor
 
-    copy.change("text_encoder.plain.0", lambda one, part: part.tobytes() == scales, double)
+    copy.change("text_encoder.plain.0", lambda one, part: part.tobytes() == scales, multiply)
+
+
+def _wrong_scale(copy: Copy) -> None:
+    _scale_off(copy, 2)
 
 
 def _swapped_inputs(copy: Copy) -> None:
@@ -250,6 +257,19 @@ def test_each_fault_is_found_where_it_is(
     assert wrong == ({wanted, stage} if stage else {wanted})
 
 
+def test_an_int8_fault_that_is_less_than_int8_loses_is_found(
+    traded_bundle: Path, source: Source, packed: Path, tmp_path: Path
+) -> None:
+    copy = Copy(traded_bundle, tmp_path / "copy", source)
+    _scale_off(copy, 1.03)
+    copy.sign()
+    found = {one.name: one for one in _findings(copy.root, packed)}
+    assert {name for name, one in found.items() if one.passed is False} == {"text_encoder.plain.0"}
+    stage = found["text_encoder.plain"]  # the same tensors against fp32, which is what was compared before
+    assert stage.error is not None
+    assert stage.error.sqnr_db > 27
+
+
 def test_a_bundle_for_onnx_runtime_is_right(onnx_bundle: Path, packed: Path) -> None:
     found = _findings(onnx_bundle, packed)
     assert {one.kind for one in found} == {"partition", "stage", "sampler"}
@@ -297,15 +317,21 @@ class Wrong(ExecutorchXnnpack):
         return super().emit(copied, directory)
 
 
+@pytest.mark.parametrize("passes", [(), (QuantizeInt8(stages=("toy",)),)], ids=["fp32", "int8"])
 def test_a_node_that_the_target_computes_otherwise_is_found(
-    traded_bundle: Path, graph_of: Callable[..., Graph], tmp_path: Path
+    traded_bundle: Path,
+    graph_of: Callable[..., Graph],
+    program_of: Callable[..., Program],
+    tmp_path: Path,
+    passes: tuple[Pass, ...],
 ) -> None:
     layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.Sigmoid(), nn.Linear(8, 8), nn.ReLU())
-    (piece,) = split(graph_of(layers.eval(), x=torch.ones(2, 8)))
+    program = run_passes(program_of(toy=graph_of(layers.eval(), x=torch.ones(2, 8))), passes)
+    (piece,) = split(program.stages[0].variants["plain"])
     manifest = Bundle.read(traded_bundle).manifest
     alone = lower_alone(piece, Wrong(), manifest, tmp_path)
     executor = open_executor(alone.bundle, memory_budget=10**9)
-    source = Source({NAME: piece}, {}, manifest.sampler, (), Wrong(), alone.bundle.manifest)
+    source = Source({NAME: piece}, {}, manifest.sampler, passes, Wrong(), alone.bundle.manifest)
     found = compare_with_eager(source, executor, lambda what, done, total: None)
     assert [(one.kind, one.passed) for one in found] == [("partition", False), ("sampler", True)]
     said = diagnose(source, NAME, alone.bundle, executor)
