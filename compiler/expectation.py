@@ -28,7 +28,7 @@ def expectation(piece: Piece, inputs: Mapping[str, Tensor], target: Target) -> t
     if is_rounded(piece, target):
         other = evaluate(piece, inputs, _disturbed(target.through_int8))
         error = worst_of({name: compare(other[name].numpy(), right[name].numpy(), name) for name in right})
-        figure_db = min(figure_db, error.sqnr_db - _MARGIN_DB)
+        figure_db = min(figure_db, round(error.sqnr_db - _MARGIN_DB, 1))
     return right, figure_db
 
 

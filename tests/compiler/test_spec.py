@@ -3,17 +3,29 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from movdc.compiler.errors import MovdcError
 from movdc.compiler.spec import load_spec
 
-TINY = (Path(__file__).parents[2] / "examples" / "tiny.yaml").read_text()
+EXAMPLES = Path(__file__).parents[2] / "examples"
+TINY = (EXAMPLES / "tiny.yaml").read_text()
 
 
 def test_the_example_is_valid() -> None:
-    spec = load_spec(Path(__file__).parents[2] / "examples" / "tiny.yaml").spec
+    spec = load_spec(EXAMPLES / "tiny.yaml").spec
     assert spec.memory_budget == 14_000_000
     assert spec.video.frames == 34
+
+
+def test_what_the_readme_recommends_is_a_setting_of_the_sweep_that_was_measured() -> None:
+    recommended = load_spec(EXAMPLES / "tiny-fast.yaml").spec
+    plain = load_spec(EXAMPLES / "tiny.yaml").spec
+    assert recommended.model_copy(update={"passes": {}, "sampler": plain.sampler}) == plain
+    measured = yaml.safe_load((EXAMPLES / "tiny-sweep.yaml").read_text())["settings"]["int8, leap, 26 steps"]
+    assert recommended.sampler == plain.sampler.model_copy(update={"steps": measured["steps"]})
+    stages = recommended.passes["quantize-int8"]["stages"]
+    assert measured == {"steps": 26, "int8": stages, "leap": recommended.passes["leap"]["mode"]}
 
 
 @pytest.mark.parametrize(
