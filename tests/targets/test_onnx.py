@@ -96,12 +96,12 @@ def test_the_same_piece_gives_the_same_bytes(piece: Piece, lowered: LoweredOnnx,
 
 
 class Int8Net(nn.Module):
-    """Linears as in T5, and a convolution with a bias."""
+    """Linears as in T5, and a convolution with a bias behind a norm, as in a decoder."""
 
     def __init__(self) -> None:
         super().__init__()
         self.feed = GatedFeedForward(64, 128)
-        self.convolve = nn.Conv2d(4, 8, 3, padding=1)
+        self.convolve = nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 8, 3, padding=1))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.convolve(self.feed(x).reshape(2, 4, 8, -1))
