@@ -16,7 +16,7 @@ from itertools import pairwise
 import numpy as np
 
 from movdc.compiler.bounds import calls_bound_s
-from movdc.compiler.cut import Costs, cheapest, largest, smallest_budget
+from movdc.compiler.cut import Costs, cheapest, largest, planned, smallest_budget
 from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
 from movdc.compiler.layers import Layer, StageLayers, most_working_bytes, shared_bytes
@@ -157,7 +157,7 @@ class _Stage:
         return max(needs_bytes, *first), cuts
 
     def planned(self) -> StageFit:
-        """A plan that keeps as much in reserve as the one before was over the budget, as a compile makes it.
+        """A plan that keeps in reserve what the estimate of the one before missed, as a compile makes it.
 
         What fits some budget fits every larger one: where none of the plans does, the least one is taken.
         """
@@ -171,14 +171,15 @@ class _Stage:
             )
         reserved_bytes = 0
         for _ in range(PLANS):
-            planning = replace(self.machine, budget_bytes=budget_bytes - reserved_bytes)
-            cuts = fewest_programs(replace(self.costs, machine=planning), self._kinds(), SLACK, self._programs)
+            costs = replace(self.costs, machine=replace(self.machine, budget_bytes=budget_bytes - reserved_bytes))
+            cuts = fewest_programs(costs, self._kinds(), SLACK, self._programs)
             if cuts is None:
                 break
             try:
                 return self._played(cuts)
             except BudgetError as error:
-                reserved_bytes += error.excess_bytes
+                missed_bytes = budget_bytes + error.excess_bytes - planned(costs, cuts).peak_bytes
+                reserved_bytes = max(missed_bytes, reserved_bytes + error.excess_bytes)
         return self._played(least)
 
     def _kinds(self) -> list[int]:
