@@ -185,11 +185,19 @@ def profile_of(device: str) -> DeviceProfile:
     except OSError as error:
         raise MovdcError(f"{device}: cannot be read ({error.strerror}); make one with `movdc calibrate -o`") from None
     except (tomllib.TOMLDecodeError, ValidationError, UnicodeDecodeError) as error:
-        reason = str(error).splitlines()[0]
+        reason = _reason(error)
         raise MovdcError(f"{device}: is no device profile ({reason}); make one with `movdc calibrate -o`") from None
     if len(found) != 1:
         raise MovdcError(f"{device}: has {len(found)} profiles; keep one")
     return next(iter(found.values()))
+
+
+def _reason(error: ValueError) -> str:
+    """What is wrong with a profile, the key first where it is one."""
+    if not isinstance(error, ValidationError):
+        return str(error)
+    first = error.errors()[0]
+    return ": ".join([*map(str, first["loc"]), first["msg"].removeprefix("Value error, ")])
 
 
 def budget_of(text: str | None) -> int | None:

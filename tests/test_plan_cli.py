@@ -69,5 +69,6 @@ def test_wrong_input_is_one_sentence(
     assert "cannot be written" in refused(movdc("simulate", bundle, "--report", tmp_path))
     assert "folder cannot be made" in refused(movdc("simulate", bundle, "--report", other / "page.html"))
     other.with_suffix(".toml").write_text("[a]\nload_rate = 'many'\n")
-    assert "is no device profile" in refused(movdc("simulate", bundle, "--device", other.with_suffix(".toml")))
+    profile = refused(movdc("simulate", bundle, "--device", other.with_suffix(".toml")))
+    assert "is no device profile (usable_memory: Field required)" in profile
     assert {path.name for path in tmp_path.iterdir()} == {"other.json", "other.toml"}
