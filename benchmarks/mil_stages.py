@@ -42,14 +42,11 @@ class MilStages:
         return {spec.name: tensors[spec.name].numpy() for spec in plan.outputs}
 
     def _partition(self, record: Partition, inputs: list[Tensor]) -> list[Tensor]:
+        as_said = [one.int() if one.dtype == torch.int64 else one for one in inputs]  # Core ML's ids are int32
         if self._is_coreml:
             row = json.loads((self._folder / TABLE).read_text())[record.name]
-            package, function = Package(self._folder / row["package"]), row["function"] or "main"
-            names = [f"input_{index}" for index in range(len(inputs))]
-        else:
-            folder = self._folder / record.name
-            folder.mkdir(parents=True)
-            package, metadata = delegated(self._bundle.root / record.program, folder)
-            names, function = metadata["inputNames"], "main"
-        as_said = [one.int() if one.dtype == torch.int64 else one for one in inputs]  # Core ML's ids are int32
-        return package.run(dict(zip(names, as_said, strict=True)), function)
+            named = {f"input_{index}": one for index, one in enumerate(as_said)}
+            return Package(self._folder / row["package"]).run(named, row["function"] or "main")
+        folder = self._folder / record.name
+        folder.mkdir(parents=True)
+        return delegated(self._bundle.root / record.program, folder, record.method).run(as_said)

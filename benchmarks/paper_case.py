@@ -72,6 +72,7 @@ def _block(index: int, block_bytes: int) -> Partition:
     return Partition(
         name=f"blocks.plain.{index}",
         program="programs/p.pte",
+        method="forward",
         weights=(f"weights/{index}.ptd",),
         inputs=(),
         outputs=(),

@@ -13,14 +13,7 @@ class Abilities:
     # Products with int8 weights: computed in int8 with inputs quantized as they come, or in floating point; None: not.
     int8_products: Literal["int8", "float"] | None = None
     int8_rows: bool = False  # rows of int8 tables are looked up
-    shared_weights: bool = True  # variants of a stage read one copy of their weights
 
     def __str__(self) -> str:
         products = {None: "no int8 products", "int8": "int8 products", "float": "int8 weights, products in float"}
-        return ", ".join(
-            (
-                products[self.int8_products],
-                f"{'' if self.int8_rows else 'no '}int8 rows",
-                f"weights {'shared by' if self.shared_weights else 'stored for each of the'} variants",
-            )
-        )
+        return f"{products[self.int8_products]}, {'' if self.int8_rows else 'no '}int8 rows"

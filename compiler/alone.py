@@ -37,6 +37,7 @@ def lower_alone(piece: Piece, target: Target, manifest: Manifest, folder: Path) 
     partition = Partition(
         name=NAME,
         program=program,
+        method="forward",
         weights=tuple(file.path for file in weights),
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),

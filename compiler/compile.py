@@ -100,12 +100,6 @@ def _check_abilities(spec_file: SpecFile, passes: Sequence[Pass], target: Target
             message = f"{one.name} is not for target {target.name}: {reason}; leave it out, or choose another target"
             asked = one.name in spec_file.spec.passes
             raise spec_file.error(f"passes.{one.name}", message) if asked else MovdcError(f"--passes: {message}")
-    if spec_file.spec.text_encoder.buckets and not target.abilities.shared_weights:
-        raise spec_file.error(
-            "text_encoder.buckets",
-            f"target {target.name} would store the weights again for each length; leave buckets out, or choose another "
-            "target",
-        )
 
 
 def _pin(spec_file: SpecFile, checkpoints: Sequence[Checkpoint], note: Callable[[str, str], None]) -> None:

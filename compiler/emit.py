@@ -19,7 +19,7 @@ import torch
 
 from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.heap import give_back_memory
-from movdc.compiler.pieces import Piece
+from movdc.compiler.methods import FORWARD, Methods
 from movdc.compiler.target import Artifact, Target
 
 # Of weights and of values that are lowered at the same time, where more than one template is. An SDK holds copies of
@@ -28,10 +28,13 @@ TOGETHER_BYTES = 900_000_000
 _PR_SET_PDEATHSIG = 1
 
 
+Emitted = dict[str, Artifact]  # of each method of one program
+
+
 def emit_all(
-    templates: Mapping[str, Piece], target: Target, folder: Path, jobs: int, done: Callable[[str, Artifact], None]
+    templates: Mapping[str, Methods], target: Target, folder: Path, jobs: int, done: Callable[[str, Emitted], None]
 ) -> None:
-    """Lower each template; `done` gets its name and its artifact, whose program lies below `folder`, when it is made.
+    """Lower each template; `done` gets its name and its artifacts, whose program lies below `folder`, when it is made.
 
     Most of the work is Python of the target's SDK, which threads would do one after the other. Processes are forked,
     which spares them the SDK's imports, and end with their template, which gives back the memory that the SDK keeps;
@@ -40,7 +43,7 @@ def emit_all(
     if not templates:
         return
     # The smallest first, here, because the first fills the SDK's caches for all; then the largest first.
-    smallest, *others = sorted(templates, key=lambda template: len(templates[template].nodes))
+    smallest, *others = sorted(templates, key=lambda template: templates[template].nodes)
     order = [smallest, *reversed(others)]
     here = order if jobs == 1 or sys.platform != "linux" else order[:1]
     for template in here:
@@ -48,7 +51,7 @@ def emit_all(
     give_back_memory()
     gc.freeze()  # a child's collections would write to, and so copy, each object that is there before the fork
     waiting = order[len(here) :]
-    sizes = {name: piece.weight_bytes + piece.working_bytes for name, piece in templates.items()}
+    sizes = {name: methods.lowering_bytes for name, methods in templates.items()}
     running: dict[Connection, tuple[str, BaseProcess]] = {}
     try:
         while waiting or running:
@@ -70,25 +73,28 @@ def emit_all(
             process.kill()
 
 
-def _emit(piece: Piece, target: Target, folder: Path) -> Artifact:
-    return target.emit(piece, Path(tempfile.mkdtemp(dir=folder)))
+def _emit(methods: Methods, target: Target, folder: Path) -> Emitted:
+    directory = Path(tempfile.mkdtemp(dir=folder))
+    if len(methods.pieces) > 1:
+        return target.emit_methods(methods.pieces, directory)
+    return {FORWARD: target.emit(methods.pieces[FORWARD], directory)}
 
 
-def _start(piece: Piece, target: Target, folder: Path) -> tuple[Connection, BaseProcess]:
-    """Fork a process that emits a piece; what it sends is the artifact, or the error that stopped it."""
+def _start(methods: Methods, target: Target, folder: Path) -> tuple[Connection, BaseProcess]:
+    """Fork a process that emits a program; what it sends are the artifacts, or the error that stopped it."""
     receiver, sender = multiprocessing.Pipe(duplex=False)
-    process = multiprocessing.get_context("fork").Process(target=_emit_there, args=(piece, target, folder, sender))
+    process = multiprocessing.get_context("fork").Process(target=_emit_there, args=(methods, target, folder, sender))
     process.start()
     sender.close()  # so that the end of the process is the end of the connection
     return receiver, process
 
 
-def _emit_there(piece: Piece, target: Target, folder: Path, sender: Connection) -> None:
+def _emit_there(methods: Methods, target: Target, folder: Path, sender: Connection) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # no child outlives a compile that is killed
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # it is for the parent, which ends its children
     torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
     try:
-        sender.send(_emit(piece, target, folder))
+        sender.send(_emit(methods, target, folder))
     except MovdcError as error:
         sender.send(error)
     except OSError as error:
@@ -97,7 +103,7 @@ def _emit_there(piece: Piece, target: Target, folder: Path, sender: Connection) 
         sender.send(InternalError(traceback.format_exc()))
 
 
-def _result(template: str, connection: Connection, process: BaseProcess) -> Artifact:
+def _result(template: str, connection: Connection, process: BaseProcess) -> Emitted:
     try:
         result = connection.recv()
     except EOFError:
@@ -108,5 +114,5 @@ def _result(template: str, connection: Connection, process: BaseProcess) -> Arti
     process.join()
     if isinstance(result, Exception):
         raise result
-    assert isinstance(result, Artifact)
+    assert isinstance(result, dict)
     return result

@@ -16,6 +16,7 @@ from movdc.compiler.errors import BudgetError
 from movdc.compiler.family import Family
 from movdc.compiler.fit import Fit, StageFit
 from movdc.compiler.lower import Progress, partition_of, pieces_of, stages_of
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.pass_base import Pass
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import Program
@@ -50,7 +51,8 @@ def _fit(program: Program, target: Target) -> Fit:
     pieces = pieces_of(program)
     parts = {
         of: [
-            partition_of(name, one, f"programs/{one.stage}", target.estimate(one), target) for name, one in own.items()
+            partition_of(name, one, f"programs/{one.stage}", FORWARD, target.estimate(one), target)
+            for name, one in own.items()
         ]
         for of, own in pieces.items()
     }

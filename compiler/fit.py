@@ -289,6 +289,7 @@ def _partitions(
             Partition(
                 name=f"{stage.name}.{variant}.{index}",
                 program="programs/p.pte",
+                method="forward",
                 weights=(f"weights/{stage.name}-{index}",),
                 inputs=inputs,
                 outputs=(_tensor(f"h{index}", out_bytes),),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -13,6 +14,7 @@ from movdc.compiler.cache import CompileCache, Entry, key_of
 from movdc.compiler.emit import emit_all
 from movdc.compiler.layer_errors import LayerErrors
 from movdc.compiler.levels import count_calls, variant_of
+from movdc.compiler.methods import Methods, methods_of
 from movdc.compiler.pieces import Piece, split
 from movdc.compiler.program import Program
 from movdc.compiler.residency import Chain
@@ -33,14 +35,21 @@ class Lowered:
 
 
 @dataclass(frozen=True)
+class _Method:
+    """What is known of a method of a program."""
+
+    memory: Memory
+    delegated_nodes: int
+    fallback: Mapping[str, int]
+
+
+@dataclass(frozen=True)
 class _Program:
     """A template's program, and what is known of it."""
 
     entry: Entry
     slots: tuple[Slot, ...]
-    memory: Memory
-    delegated_nodes: int
-    fallback: Mapping[str, int]
+    methods: Mapping[str, _Method]
 
 
 def lower(
@@ -50,49 +59,55 @@ def lower(
 
     Raises BudgetError if no level of residency fits the budget, before anything is written to the bundle.
     """
-    templates: dict[str, Piece] = {}
-    lowered_as: dict[str, str] = {}  # the template of each partition
     pieces = pieces_of(program)
-    for stage_name, variant, graph in program.graphs():
-        own = pieces[stage_name, variant]
-        for name, template in zip(own, graph.templates or own, strict=True):
-            lowered_as[name] = f"{stage_name} {template}"
-            templates.setdefault(lowered_as[name], own[name])
-    programs = _programs(templates, target, cache, progress, jobs)
-    parts: dict[tuple[str, str], list[Partition]] = {}
-    for of, own in pieces.items():
-        parts[of] = []
-        for name, piece in own.items():
-            one = programs[lowered_as[name]]
-            path = writer.program_path(one.entry, target.program_suffix)
-            lowered = partition_of(name, piece, path, one.memory, target)
-            parts[of].append(
-                lowered.model_copy(update={"delegated_nodes": one.delegated_nodes, "fallback": dict(one.fallback)})
-            )
-    stages = stages_of(program, parts)
-    made = {part.name: part for own in parts.values() for part in own}
-    files = {
-        name: files_of(piece, programs[lowered_as[name]].slots, programs[lowered_as[name]].entry, target)
-        for own in pieces.values()
-        for name, piece in own.items()
-    }
-    wanted = [file for some in files.values() for file in some]
-    entries = make_files(wanted, target, cache, jobs, partial(progress, "weights"))
+    wanted = _wanted(program, pieces, target)
+    programs = _programs({template: methods for methods, template in wanted}, target, cache, progress, jobs)
+    made: dict[str, Partition] = {}
+    for methods, template in wanted:
+        one = programs[template]
+        path = writer.program_path(one.entry, target.program_suffix)
+        for method, name in methods.partitions.items():
+            made[name] = _lowered(name, methods.pieces[method], path, method, one.methods[method], target)
+    stages = stages_of(program, {of: [made[name] for name in own] for of, own in pieces.items()})
+    files = [
+        files_of(methods, programs[template].slots, programs[template].entry, target) for methods, template in wanted
+    ]
+    entries = make_files([file for some in files for file in some], target, cache, jobs, partial(progress, "weights"))
     errors = LayerErrors()
-    for (stage_name, _), own in pieces.items():
-        for name in own:
-            program_entry, weights = programs[lowered_as[name]].entry, []
-            for file in files[name]:
-                entry = entries[file.key]
-                errors.add(stage_name, file.refs, entry.note["sqnr_db"])
-                if file.template is not None:
-                    program_entry = entry
-                    continue
-                constants = TypeAdapter(tuple[Constant, ...]).validate_python(entry.note["constants"])
-                weights.append(writer.add_weights(entry, target.weights_suffix, constants))
-            path = writer.add_program(program_entry, target.program_suffix)
+    for (methods, template), some in zip(wanted, files, strict=True):
+        program_entry, weights = programs[template].entry, []
+        for file in some:
+            entry = entries[file.key]
+            errors.add(methods.stage, file.refs, entry.note["sqnr_db"])
+            if file.template is not None:
+                program_entry = entry
+                continue
+            constants = TypeAdapter(tuple[Constant, ...]).validate_python(entry.note["constants"])
+            weights.append(writer.add_weights(entry, target.weights_suffix, constants))
+        path = writer.add_program(program_entry, target.program_suffix)
+        for name in methods.partitions.values():
             made[name] = made[name].model_copy(update={"program": path, "weights": tuple(weights)})
     return Lowered(stages, tuple(made.values()), errors.worst_first())
+
+
+def _wanted(
+    program: Program, pieces: Mapping[tuple[str, str], Mapping[str, Piece]], target: Target
+) -> list[tuple[Methods, str]]:
+    """The programs of all stages, each with the name of its template; those of one template are lowered once."""
+    template_of = {}
+    stages: dict[str, dict[str, Mapping[str, Piece]]] = {}
+    for stage, variant, graph in program.graphs():
+        own = stages.setdefault(stage, {})[variant] = pieces[stage, variant]
+        template_of.update(zip(own, graph.templates or own, strict=True))
+    found = []
+    for stage, variants in stages.items():
+        for methods in methods_of(variants, target):
+            label = [stage, *(template_of[name] for name in methods.partitions.values())]
+            if len(methods.pieces) > 1:  # programs must agree on methods, and on which weights are the same ones, too
+                names = [weight.name for piece in methods.pieces.values() for weight in piece.weights]
+                label.append(hashlib.sha256(" ".join([*methods.pieces, *names]).encode()).hexdigest())
+            found.append((methods, " ".join(label)))
+    return found
 
 
 def pieces_of(program: Program) -> dict[tuple[str, str], dict[str, Piece]]:
@@ -119,43 +134,54 @@ def stages_of(program: Program, parts: Mapping[tuple[str, str], Sequence[Partiti
 
 
 def _programs(
-    templates: Mapping[str, Piece], target: Target, cache: CompileCache, progress: Progress, jobs: int
+    templates: Mapping[str, Methods], target: Target, cache: CompileCache, progress: Progress, jobs: int
 ) -> dict[str, _Program]:
     """The program of each template; one that is made goes to the cache at once."""
     identity = target.program_identity
-    keys = {one: key_of("program", identity, piece.stage, piece.text()) for one, piece in templates.items()}
+    keys = {one: key_of("program", identity, methods.stage, methods.text()) for one, methods in templates.items()}
     programs: dict[str, _Program] = {}
 
     def add(template: str, entry: Entry) -> None:
         slots = TypeAdapter(tuple[Slot, ...]).validate_python(entry.note["slots"])
-        memory = Memory(**entry.note["memory"])
-        programs[template] = _Program(entry, slots, memory, entry.note["delegated_nodes"], entry.note["fallback"])
+        methods = TypeAdapter(dict[str, _Method]).validate_python(entry.note["methods"])
+        programs[template] = _Program(entry, slots, methods)
         progress("lower", len(programs), len(templates))
 
-    def done(template: str, artifact: Artifact) -> None:
-        note = {
-            "slots": [asdict(slot) for slot in artifact.slots],
-            "memory": asdict(artifact.memory),
-            "delegated_nodes": artifact.delegated_nodes,
-            "fallback": dict(sorted(artifact.fallback.items())),
+    def done(template: str, artifacts: Mapping[str, Artifact]) -> None:
+        one, *_ = artifacts.values()
+        methods = {
+            method: {
+                "memory": asdict(artifact.memory),
+                "delegated_nodes": artifact.delegated_nodes,
+                "fallback": dict(sorted(artifact.fallback.items())),
+            }
+            for method, artifact in artifacts.items()
         }
-        add(template, cache.put(keys[template], artifact.program, artifact.sha256, note))
+        note = {"slots": [asdict(slot) for slot in one.slots], "methods": methods}
+        add(template, cache.put(keys[template], one.program, one.sha256, note))
 
     progress("lower", 0, len(templates))
     for template, key in keys.items():
         if entry := cache.get(key):
             add(template, entry)
-    missing = {template: piece for template, piece in templates.items() if template not in programs}
+    missing = {template: methods for template, methods in templates.items() if template not in programs}
     emit_all(missing, target, cache.work, jobs, done)
     return programs
 
 
-def partition_of(name: str, piece: Piece, path: str, memory: Memory, target: Target) -> Partition:
+def _lowered(name: str, piece: Piece, path: str, method: str, of: _Method, target: Target) -> Partition:
+    return partition_of(name, piece, path, method, of.memory, target).model_copy(
+        update={"delegated_nodes": of.delegated_nodes, "fallback": dict(of.fallback)}
+    )
+
+
+def partition_of(name: str, piece: Piece, path: str, method: str, memory: Memory, target: Target) -> Partition:
     """A partition whose weights are not written yet."""
     unpacked_bytes = piece.weight_bytes if target.load_copies > 1 else 0  # beside what is made of them
     return Partition(
         name=name,
         program=path,
+        method=method,
         weights=(),
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),

@@ -71,7 +71,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Artifact:
-    """A lowered template: one program for all partitions of the same text."""
+    """A lowered template: one program, or one method of it, for all partitions of the same text."""
 
     program: Path
     sha256: str  # of the program
@@ -100,7 +100,8 @@ class Target(Configured, ABC):
     rewrites: ClassVar[tuple[str, ...]] = ()  # passes that turn what it would refuse into what it runs
     program_suffix: ClassVar[str]
     weights_suffix: ClassVar[str] = ".bin"
-    # A partition's program has its weights inside: it is the template's, with these in the place of the stand-ins.
+    # Programs have weights inside: a program is its template's, with these in the place of the stand-ins. Partitions
+    # of several variants that read the same weights share it, each with a method of its own.
     weights_in_program: ClassVar[bool] = False
     load_copies: ClassVar[float] = 2.0  # bytes held while weights are loaded for the first time, per byte as held
     value_copies: ClassVar[float] = 1.0  # bytes that a running program takes, per byte of the values within it
@@ -113,6 +114,10 @@ class Target(Configured, ABC):
     @abstractmethod
     def emit(self, piece: Piece, directory: Path) -> Artifact:
         """Lower a piece with stand-ins for its weights; reads no weight."""
+
+    def emit_methods(self, pieces: Mapping[str, Piece], directory: Path) -> dict[str, Artifact]:
+        """Lower pieces of the same weights to methods of one program, where weights are in it; an artifact for each."""
+        raise InternalError(f"{self.name} keeps weights outside of programs")
 
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write the weights of one piece (by name) under the keys of its program, a part of a tensor at a time."""

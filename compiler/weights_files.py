@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from movdc.compiler.cache import CompileCache, Entry, key_of
 from movdc.compiler.errors import MovdcError
-from movdc.compiler.pieces import Piece
+from movdc.compiler.methods import Methods
 from movdc.compiler.target import Slot, Target
 from movdc.compiler.units import format_bytes
 from movdc.compiler.weights import WeightRef
@@ -25,17 +25,17 @@ class WantedFile:
     template: Entry | None = None  # the program that the weights are written into, where that is how a target has them
 
 
-def files_of(piece: Piece, slots: Sequence[Slot], template: Entry, target: Target) -> list[WantedFile]:
-    """A file for each group of the piece's weights, so that variants share those of the checkpoint.
+def files_of(methods: Methods, slots: Sequence[Slot], template: Entry, target: Target) -> list[WantedFile]:
+    """A file for each group of a program's weights, so that variants share those of the checkpoint.
 
-    A target whose programs have their weights inside gets one file, which is the partition's program.
+    A target whose programs have their weights inside gets one file, which is the program.
     """
     if target.weights_in_program:
-        refs = {weight.name: weight.ref for weight in piece.weights}
+        refs = {weight.name: weight.ref for weight in methods.weights}
         return [WantedFile(_key(slots, refs, target, template), slots, refs, template)] if slots else []
     files = []
     for group in ("weights", "tables"):  # what variants share comes first, and they share what is packed of it, too
-        refs = {weight.name: weight.ref for weight in piece.weights if weight.group == group}
+        refs = {weight.name: weight.ref for weight in methods.weights if weight.group == group}
         if own := [slot for slot in slots if slot.weight in refs]:
             files.append(WantedFile(_key(own, refs, target), own, refs))
     return files

@@ -88,6 +88,7 @@ class Partition(Record):
 
     name: str = Field(pattern=r"^[\w.-]+$")  # STAGE.VARIANT.INDEX
     program: BundlePath
+    method: str = Field(pattern=r"^\w+$")  # of the program
     weights: tuple[BundlePath, ...]  # WeightsFile.path of each file that it reads constants from
     inputs: tuple[TensorSpec, ...]  # in the order of the program's arguments
     outputs: tuple[TensorSpec, ...]

@@ -1,8 +1,9 @@
-"""What of a program ExecuTorch gives to a delegate, and what its own kernels run."""
+"""What of a program ExecuTorch gives to a delegate, what its own kernels run, and the program's bytes."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 from torch import fx
 
@@ -17,6 +18,15 @@ def delegation(module: fx.GraphModule) -> tuple[int, dict[str, int]]:
         elif name != "getitem":
             others[name] += 1
     return delegated, dict(others)
+
+
+def program_of(edge: Any) -> bytearray:
+    """The file of an edge program; inputs and outputs are the caller's buffers, so that none is copied on the way."""
+    from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
+
+    planning = MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
+    return bytearray(edge.to_executorch(ExecutorchBackendConfig(memory_planning_pass=planning)).buffer)
 
 
 def _calls(graph: fx.Graph) -> list[fx.Node]:

@@ -19,12 +19,13 @@ from torch import fx
 
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.heap import give_back_memory
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import DType
 from movdc.targets.coreml import Coreml
-from movdc.targets.delegation import delegation
+from movdc.targets.delegation import delegation, program_of
 from movdc.targets.inside import fill_weights, find_weights
 from movdc.targets.mil import FOLDING, exported_piece
 
@@ -33,14 +34,14 @@ _IDENTIFIER = re.compile(rb"executorch_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{1
 
 @dataclass(frozen=True)
 class ExecutorchCoreml(Target):
-    """A .pte for each partition with a Core ML package for iOS 18 inside, which stock ExecuTorch runs.
+    """A .pte with a Core ML package for iOS 18 inside, a method a variant, which stock ExecuTorch runs.
 
-    A delegate for Core ML takes its weights from nowhere else, so a partition's program is its template's with the
-    weights in the place of the stand-ins, and with another identifier: the delegate keeps what Core ML compiles by it.
+    A delegate for Core ML takes its weights from nowhere else, so a program is its template's with the weights in the
+    place of the stand-ins, and with another identifier: the delegate keeps what Core ML compiles by it.
     """
 
     name: ClassVar[str] = "executorch-coreml"
-    abilities: ClassVar[Abilities] = Abilities(int8_products="float", int8_rows=True, shared_weights=False)
+    abilities: ClassVar[Abilities] = Abilities(int8_products="float", int8_rows=True)
     packages: ClassVar[tuple[str, ...]] = ("torch", "executorch", "coremltools")
     rewrites: ClassVar[tuple[str, ...]] = Coreml.rewrites
     program_suffix: ClassVar[str] = ".pte"
@@ -54,40 +55,56 @@ class ExecutorchCoreml(Target):
         return Coreml().refuse(node)
 
     def emit(self, piece: Piece, directory: Path) -> Artifact:
-        """Lower through to_edge_transform_and_lower, with stand-ins that are found again in the program."""
+        """Lower a program of one method."""
+        return self.emit_methods({FORWARD: piece}, directory)[FORWARD]
+
+    def emit_methods(self, pieces: Mapping[str, Piece], directory: Path) -> dict[str, Artifact]:
+        """Lower through to_edge_transform_and_lower, with stand-ins that are found again in the program.
+
+        The delegate makes the methods functions of one package, which has each weight once.
+        """
         for name in ("torch", "coremltools", "executorch"):
             logging.getLogger(name).setLevel(logging.ERROR)
+        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it shows bars of its progress
+            warnings.simplefilter("ignore")
+            try:
+                data, found = self._lower(pieces, directory, shares=True)
+            except ValueError:  # the delegate pairs packages of methods, and one has more of them than another
+                data, found = self._lower(pieces, directory, shares=False)
+        path = directory / "program.pte"
+        give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
+        _rename(data, b"template")
+        path.write_bytes(data)
+        sha256 = hashlib.sha256(data).hexdigest()
+        slots = tuple(find_weights(pieces.values(), data))
+        return {
+            method: Artifact(path, sha256, slots, self.estimate(pieces[method]), delegated_nodes, fallback)
+            for method, (delegated_nodes, fallback) in found.items()
+        }
+
+    def _lower(
+        self, pieces: Mapping[str, Piece], directory: Path, *, shares: bool
+    ) -> tuple[bytearray, dict[str, tuple[int, dict[str, int]]]]:
+        """A program, and of each method its delegated nodes and its fallback nodes."""
         import coremltools as ct
         from executorch.backends.apple.coreml.compiler import CoreMLBackend
+        from executorch.backends.apple.coreml.compiler.coreml_preprocess import MULTIMETHOD_WEIGHT_SHARING_STRATEGY
         from executorch.backends.apple.coreml.partition import CoreMLPartitioner
-        from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
-        from executorch.exir.passes import MemoryPlanningPass
+        from executorch.exir import to_edge_transform_and_lower
 
-        half = any(fnmatchcase(piece.stage, pattern) for pattern in self.fp16)
+        stage = next(iter(pieces.values())).stage
+        half = any(fnmatchcase(stage, pattern) for pattern in self.fp16)
         specs = CoreMLBackend.generate_compile_specs(
             minimum_deployment_target=ct.target.iOS18,
             compute_precision=ct.precision.FLOAT16 if half else ct.precision.FLOAT32,
             pass_names=[name for name in ct.PassPipeline.DEFAULT.passes if name not in FOLDING],
         )
-        with warnings.catch_warnings(), redirect_stderr(io.StringIO()):  # where it shows bars of its progress
-            warnings.simplefilter("ignore")
-            exported = exported_piece(piece, directory)
-            edge = to_edge_transform_and_lower(exported, partitioner=[CoreMLPartitioner(compile_specs=specs)])
-            delegated, fallback = delegation(edge.exported_program().graph_module)
-            program = edge.to_executorch(
-                # Inputs and outputs are the caller's buffers, so that none is copied between partitions.
-                ExecutorchBackendConfig(
-                    memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
-                )
-            )
-        path = directory / "program.pte"
-        data = bytearray(program.buffer)
-        del exported, edge, program
-        give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
-        _rename(data, b"template")
-        path.write_bytes(data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        return Artifact(path, sha256, tuple(find_weights(piece, data)), self.estimate(piece), delegated, fallback)
+        strategy = MULTIMETHOD_WEIGHT_SHARING_STRATEGY["POSITIONAL" if shares else "DISABLED"]
+        specs.append(CoreMLBackend.generate_multimethod_weight_sharing_strategy_compile_spec(strategy))
+        exported = {method: exported_piece(piece, directory) for method, piece in pieces.items()}
+        partitioner = {method: [CoreMLPartitioner(compile_specs=specs)] for method in pieces}
+        edge = to_edge_transform_and_lower(exported, partitioner=partitioner)
+        return program_of(edge), {method: delegation(edge.exported_program(method).graph_module) for method in pieces}
 
     def fill(self, program: Path, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Copy a template's program, with weights in the place of its stand-ins."""
@@ -103,8 +120,9 @@ class ExecutorchCoreml(Target):
 
 
 def _rename(data: Any, seed: bytes) -> None:
-    """Give each package in a program an identifier that depends on the seed and on its place."""
-    for index, match in enumerate(list(_IDENTIFIER.finditer(data))):
-        name = uuid.UUID(bytes=hashlib.sha256(seed + bytes([index])).digest()[:16])
+    """Give each package in a program an identifier that depends on the seed and on its place, wherever it is named."""
+    names: dict[bytes, bytes] = {}
+    for match in list(_IDENTIFIER.finditer(data)):
+        name = uuid.UUID(bytes=hashlib.sha256(seed + bytes([len(names)])).digest()[:16])
         start, end = match.span()
-        data[start:end] = f"executorch_{name}".encode()
+        data[start:end] = names.setdefault(bytes(match[0]), f"executorch_{name}".encode())

@@ -15,23 +15,25 @@ from torch import fx
 
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.heap import give_back_memory
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import WeightRef
-from movdc.targets.delegation import delegation
+from movdc.targets.delegation import delegation, program_of
 from movdc.targets.inside import fill_weights, find_weights
 
 
 @dataclass(frozen=True)
 class ExecutorchVulkan(Target):
-    """A .pte for each partition, fp32, which stock ExecuTorch runs on a GPU; what Vulkan does not take runs on the CPU.
+    """A .pte, fp32, a method a variant, which stock ExecuTorch runs on a GPU.
 
-    The delegate reads its weights from the program, so a partition's is its template's with other weights inside.
+    What Vulkan does not take runs on the CPU. The delegate reads its weights from the program, which is its template's
+    with other weights inside.
     """
 
     name: ClassVar[str] = "executorch-vulkan"
-    abilities: ClassVar[Abilities] = Abilities(shared_weights=False)
+    abilities: ClassVar[Abilities] = Abilities()
     packages: ClassVar[tuple[str, ...]] = ("torch", "executorch")
     rewrites: ClassVar[tuple[str, ...]] = ("split-to-slices", "attention-to-bmm", "gelu-to-tanh", "conv3d-to-conv2d")
     program_suffix: ClassVar[str] = ".pte"
@@ -52,38 +54,43 @@ class ExecutorchVulkan(Target):
         return None
 
     def emit(self, piece: Piece, directory: Path) -> Artifact:
-        """Lower through to_edge_transform_and_lower, with stand-ins that are found again in the program."""
-        data, delegated_nodes, fallback = _lower(piece, directory)
+        """Lower a program of one method."""
+        return self.emit_methods({FORWARD: piece}, directory)[FORWARD]
+
+    def emit_methods(self, pieces: Mapping[str, Piece], directory: Path) -> dict[str, Artifact]:
+        """Lower through to_edge_transform_and_lower, with stand-ins that are found again in the program.
+
+        The delegate names constants by their content, so that methods share those that are the same.
+        """
+        data, found = _lower(pieces, directory)
         give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
-        slots = tuple(find_weights(piece, data))
         path = directory / "program.pte"
         path.write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
-        return Artifact(path, sha256, slots, self.estimate(piece), delegated_nodes, fallback)
+        slots = tuple(find_weights(pieces.values(), data))
+        return {
+            method: Artifact(path, sha256, slots, self.estimate(pieces[method]), delegated_nodes, fallback)
+            for method, (delegated_nodes, fallback) in found.items()
+        }
 
     def fill(self, program: Path, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Copy a template's program, with weights in the place of its stand-ins."""
         return fill_weights(program, slots, refs, path)
 
 
-def _lower(piece: Piece, directory: Path) -> tuple[bytearray, int, Mapping[str, int]]:
-    """A program, its delegated nodes and its fallback nodes."""
+def _lower(pieces: Mapping[str, Piece], directory: Path) -> tuple[bytearray, dict[str, tuple[int, Mapping[str, int]]]]:
+    """A program, and of each method its delegated nodes and its fallback nodes."""
     from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
-    from executorch.exir import ExecutorchBackendConfig, to_edge_transform_and_lower
-    from executorch.exir.passes import MemoryPlanningPass
+    from executorch.exir import to_edge_transform_and_lower
 
     for name in ("", "torch", "executorch"):  # importing the partitioner sets the root's level
         logging.getLogger(name).setLevel(logging.ERROR)
-    arguments = tuple(torch.zeros(value_of(node).shape, dtype=value_of(node).dtype) for node in piece.inputs)
+    exported = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        exported = torch.export.export(piece.module(directory), arguments, strict=False)
-        edge = to_edge_transform_and_lower(exported, partitioner=[VulkanPartitioner()])
-        delegated_nodes, fallback = delegation(edge.exported_program().graph_module)
-        program = edge.to_executorch(
-            # Inputs and outputs are the caller's buffers, so that none is copied between partitions.
-            ExecutorchBackendConfig(
-                memory_planning_pass=MemoryPlanningPass(alloc_graph_input=False, alloc_graph_output=False)
-            )
-        )
-    return bytearray(program.buffer), delegated_nodes, fallback
+        for method, piece in pieces.items():
+            arguments = tuple(torch.zeros(value_of(node).shape, dtype=value_of(node).dtype) for node in piece.inputs)
+            exported[method] = torch.export.export(piece.module(directory), arguments, strict=False)
+        edge = to_edge_transform_and_lower(exported, partitioner={method: [VulkanPartitioner()] for method in pieces})
+        found = {method: delegation(edge.exported_program(method).graph_module) for method in pieces}
+        return program_of(edge), found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +22,13 @@ from movdc.compiler.target import Slot, Written
 from movdc.compiler.weights import INT8, WeightRef
 
 
-def find_weights(piece: Piece, data: bytearray) -> Iterator[Slot]:
-    """Where each weight lies in a program: its key is the offset. What is found is wiped, the largest first.
+def find_weights(pieces: Iterable[Piece], data: bytearray) -> Iterator[Slot]:
+    """Where each weight lies in the program of some pieces: its key is the offset. What is found is wiped.
 
-    So the few bytes of a small weight are not found by chance within a large one.
+    The largest comes first, so that the few bytes of a small weight are not found by chance within a large one.
     """
-    weights = [weight for weight in piece.weights if not weight.is_read_by_lowering]
-    for weight in sorted(weights, key=lambda weight: -size_bytes(weight.node)):
+    weights = {weight.name: weight for piece in pieces for weight in piece.weights if not weight.is_read_by_lowering}
+    for weight in sorted(weights.values(), key=lambda weight: -size_bytes(weight.node)):
         tensor = weight.stand_in()
         found = False
         for form in (tensor, tensor.half()) if tensor.dtype == torch.float32 else (tensor,):

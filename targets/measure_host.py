@@ -174,6 +174,7 @@ def _write_bundle(root: Path, pieces: list[Piece]) -> None:
             Partition(
                 name=str(index),
                 program=program.name,
+                method="forward",
                 weights=(path.name,),
                 inputs=tuple(map(piece.tensor, piece.inputs)),
                 outputs=tuple(map(piece.tensor, piece.outputs)),

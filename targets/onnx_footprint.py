@@ -28,6 +28,7 @@ def measure(
     record = Partition(
         name="measured.0",
         program=program.name,
+        method="forward",
         weights=tuple(constants),
         inputs=tuple(inputs),
         outputs=tuple(outputs),

@@ -59,7 +59,7 @@ movd::Footprint Measure(const std::string& root,
                         const std::string& packed_cache) {
   std::vector<movd::FileRecord> file_records;
   for (const auto& file : files) file_records.push_back(std::make_from_tuple<movd::FileRecord>(file));
-  movd::PartitionRecord record{"program", program, {}, {}, {}, 0, 0, 0, 0, 0};
+  movd::PartitionRecord record{"program", program, "forward", {}, {}, {}, 0, 0, 0, 0, 0};
   if (!weights.empty()) {
     record.weights.push_back({weights, {}});
     for (const Constant& one : constants) {

@@ -266,8 +266,8 @@ class Manifest {
   }
 
   PartitionRecord ReadPartition(const Value& value) const {
-    value.CheckKeys({"name", "program", "weights", "inputs", "outputs", "weight_bytes", "held_bytes", "load_bytes",
-                     "program_bytes", "workspace_bytes", "planned_bytes", "flops"},
+    value.CheckKeys({"name", "program", "method", "weights", "inputs", "outputs", "weight_bytes", "held_bytes",
+                     "load_bytes", "program_bytes", "workspace_bytes", "planned_bytes", "flops"},
                     {"int8_flops", "delegated_nodes", "fallback"});
     const std::string& name = value.At("name").Text();
     if (!HoldsOnly(name, "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")) {
@@ -275,6 +275,7 @@ class Manifest {
     }
     return {name,
             Find(files_, value.At("program"), "the files").path,
+            value.At("method").Text(),
             value.At("weights").Items([&](const Value& path) { return Find(weights_, path, "the weights"); }),
             value.At("inputs").Items(ReadTensor),
             value.At("outputs").Items(ReadTensor),

@@ -129,7 +129,7 @@ struct LoadedPartition::State {
                                                      executorch::runtime::Program::Verification::InternalConsistency);
     Check("loading the program", loaded.error());
     program.emplace(std::move(*loaded));
-    auto meta = program->method_meta("forward");
+    auto meta = program->method_meta(record.method.c_str());
     Check("reading the program", meta.error());
     if (meta->num_inputs() != record.inputs.size() || meta->num_outputs() != record.outputs.size()) {
       Fail("the program takes " + std::to_string(meta->num_inputs()) + " tensors and returns " +
@@ -206,7 +206,7 @@ struct LoadedPartition::State {
     executorch::runtime::LoadBackendOptionsMap backends;
     Check("setting options", backends.set_options("XnnpackBackend", options.view()));
     workspace->state_->allocator.blocks = &blocks;
-    auto loaded = program->load_method("forward", memory.get(), nullptr, &weights, &backends);
+    auto loaded = program->load_method(record.method.c_str(), memory.get(), nullptr, &weights, &backends);
     workspace->state_->allocator.blocks = nullptr;
     Check("initialising the program", loaded.error());
     method.emplace(std::move(*loaded));

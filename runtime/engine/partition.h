@@ -41,6 +41,7 @@ struct WeightsRecord {
 struct PartitionRecord {
   std::string name;
   std::string program;
+  std::string method;  // of the program
   std::vector<WeightsRecord> weights;
   std::vector<TensorRecord> inputs;
   std::vector<TensorRecord> outputs;

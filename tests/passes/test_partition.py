@@ -68,6 +68,7 @@ def _manifest(name: str, piece: Piece, working: bool) -> bundle.Partition:
     return bundle.Partition(
         name=name,
         program="programs/p.pte",
+        method="forward",
         weights=(),
         inputs=tuple(map(piece.tensor, piece.inputs)),
         outputs=tuple(map(piece.tensor, piece.outputs)),

@@ -20,6 +20,7 @@ def partition(
     return Partition(
         name=f"s.plain.{index}",
         program="programs/p.pte",
+        method="forward",
         weights=(f"weights/{index}.ptd",),
         inputs=(tensor("x") if index == 0 else tensor(f"h{index - 1}", items),),
         outputs=(tensor(f"h{index}", items),),

@@ -36,6 +36,7 @@ def _partition(name: str, source: str, result: str) -> dict[str, Any]:
     return {
         "name": name,
         "program": "programs/a.pte",
+        "method": "forward",
         "weights": ["weights/a.ptd"],
         "inputs": [_tensor(source, 2, 3)],
         "outputs": [_tensor(result, 2, 3)],

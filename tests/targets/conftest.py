@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, fx
 from movdc.compiler.device import read_profiles
 from movdc.compiler.pass_base import run_passes
 from movdc.compiler.pieces import Piece, split
-from movdc.compiler.program import value_of
+from movdc.compiler.program import Program, value_of
 from movdc.compiler.spec import load_spec
 from movdc.compiler.target import Target
 from movdc.models.opensora import OpenSora
@@ -34,19 +35,39 @@ def merged_example(example: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
-def pieces_of() -> Callable[..., dict[str, Piece]]:
-    """The partitions that a compile of a YAML for a target has, by name."""
+def coreml_bundle(
+    movdc: Callable[..., CompletedProcess[str]], merged_example: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """The example compiled for Core ML, with both variants of its denoiser."""
+    out = tmp_path_factory.mktemp("coreml") / "tiny"
+    done = movdc("compile", merged_example, "-o", out, "--target", "coreml")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out
 
-    def make(path: Path, target: Target) -> dict[str, Piece]:
+
+@pytest.fixture(scope="session")
+def program_for() -> Callable[[Path, Target], Program]:
+    """What a compile of a YAML lowers for a target."""
+
+    def make(path: Path, target: Target) -> Program:
         spec_file = load_spec(path)
         spec = spec_file.spec
         profile = read_profiles(Path(__file__).parents[2] / "targets" / "devices.toml")[spec.device]
         machine = target.machine(profile, spec.memory_budget)
         traced = OpenSora().trace(spec_file, machine, OpenSora().micro_batches[0])
-        program = run_passes(traced, default_pipeline(spec.passes, target), lambda *_: None)
+        return run_passes(traced, default_pipeline(spec.passes, target), lambda *_: None)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def pieces_of(program_for: Callable[[Path, Target], Program]) -> Callable[..., dict[str, Piece]]:
+    """The partitions that a compile of a YAML for a target has, by name."""
+
+    def make(path: Path, target: Target) -> dict[str, Piece]:
         return {
             f"{stage}.{variant}.{index}": piece
-            for stage, variant, graph in program.graphs()
+            for stage, variant, graph in program_for(path, target).graphs()
             for index, piece in enumerate(split(graph, stage))
         }
 

@@ -35,6 +35,7 @@ class LoweredOnnx:
         self.record = Partition(
             name="piece.plain.0",
             program=self.artifact.program.name,
+            method="forward",
             weights=tuple(self.constants),
             inputs=tuple(piece.tensor(node) for node in piece.inputs),
             outputs=tuple(piece.tensor(node) for node in piece.outputs),

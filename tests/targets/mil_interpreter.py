@@ -8,7 +8,8 @@ from __future__ import annotations
 import json
 import mmap
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ NAMES = {
     "fp16": torch.float16, "fp32": torch.float32, "int32": torch.int32, "bool": torch.bool, "int16": torch.int16,
     "int8": torch.int8, "uint8": torch.uint8,
 }  # fmt: skip
+_REFERENCE = b"CMJR"  # begins what ExecuTorch's delegate gets instead of a package that methods share
 
 
 class Package:
@@ -114,19 +116,39 @@ def _check(operation: Any, output: Any, result: Any) -> None:
         assert said == made, f"{operation.type} {output.name} is {said}, computed {made}"
 
 
-def delegated(program: Path, folder: Path) -> tuple[Package, dict[str, Any]]:
-    """The package of a .pte that Core ML runs whole, laid out in a folder, with its identifier and order of inputs."""
+@dataclass(frozen=True)
+class Delegate:
+    """What Core ML gets of a method of a .pte."""
+
+    package: Package
+    function: str
+    input_names: tuple[str, ...]
+    identifier: str  # by which what Core ML compiles is kept
+
+    def run(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """The outputs, in their order."""
+        return self.package.run(dict(zip(self.input_names, inputs, strict=True)), self.function)
+
+
+def delegated(program: Path, folder: Path, method: str = "forward") -> Delegate:
+    """The package that Core ML runs for a method, which it has whole, laid out in a folder."""
     from executorch.backends.apple.coreml import executorchcoreml
     from executorch.exir._serialize._program import deserialize_pte_binary
 
     file = deserialize_pte_binary(program.read_bytes())
-    plan = file.program.execution_plan[0]
+    (plan,) = (one for one in file.program.execution_plan if one.name == method)
     (delegate,) = plan.delegates
     assert delegate.id == "CoreMLBackend"
-    data = file.program.backend_delegate_data[delegate.processed.index].data
+    data, function = file.program.backend_delegate_data[delegate.processed.index].data, "main"
+    if data.startswith(_REFERENCE):  # to a package of several functions
+        said = json.loads(data.removeprefix(_REFERENCE))
+        function = said["functionName"]
+        data = file.named_data.buffers[file.named_data.pte_data[said["key"]].buffer_index]
     assert executorchcoreml.unflatten_directory_contents(data, str(folder))
-    (found,), (metadata,) = folder.rglob("model.mlpackage"), folder.rglob("metadata.json")
-    return Package(found), json.loads(metadata.read_text())
+    (found,), (path,) = folder.rglob("model.mlpackage"), folder.rglob("metadata.json")
+    metadata = json.loads(path.read_text())
+    its = metadata["methods"][function] if function != "main" else metadata
+    return Delegate(Package(found), function, tuple(its["inputNames"]), metadata["identifier"])
 
 
 def _ints(tensor: Tensor) -> list[int]:

@@ -94,7 +94,7 @@ def toy(tmp_path: Path) -> Toy:
 def test_the_page_makes_a_target(toy: Toy, shallow: Path, tmp_path: Path) -> None:
     listed = toy.movdc("targets")
     assert "toy: The text of each partition, which people can run." in listed.stdout, listed.stderr
-    assert "no int8 products, int8 rows, weights shared by variants" in listed.stdout
+    assert "no int8 products, int8 rows" in listed.stdout
     done = toy.movdc("compile", shallow, "--target", "toy{comment=mine}", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stdout + done.stderr
     bundle = Bundle.read(tmp_path / "out")
@@ -148,9 +148,8 @@ def test_everything_that_it_refuses_is_in_one_table(toy: Toy, shallow: Path, tmp
             {"passes": {"quantize-int8": {"embeddings": True}}},
             "no rows in int8, which `embeddings` asks for; leave it out",
         ),
-        ("int8_rows=True", "shared_weights=False", {"text_encoder": {"buckets": [8]}}, "again for each length"),
     ],
-    ids=["no SDK", "no int8", "no int8 rows", "weights not shared"],
+    ids=["no SDK", "no int8", "no int8 rows"],
 )
 def test_what_it_cannot_do_is_refused_before_anything_is_traced(
     toy: Toy, shallow: Path, tmp_path: Path, old: str, new: str, asked: dict[str, dict[str, object]], says: str

@@ -25,15 +25,6 @@ TOLERANCE = 1e-4  # relative L2 error of fp32 against eager
 
 
 @pytest.fixture(scope="session")
-def coreml_bundle(movdc: Movdc, merged_example: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The example compiled, with both variants of its denoiser."""
-    out = tmp_path_factory.mktemp("coreml") / "tiny"
-    done = movdc("compile", merged_example, "-o", out, "--target", "coreml")
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out
-
-
-@pytest.fixture(scope="session")
 def packages(movdc: Movdc, coreml_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its packages."""
     out = tmp_path_factory.mktemp("packages") / "tiny"

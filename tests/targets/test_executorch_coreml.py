@@ -2,17 +2,17 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from mil_interpreter import DTYPES, Package, delegated
+from mil_interpreter import DTYPES, Delegate, delegated
 from torch import Tensor
 
+from movdc.compiler.cost import size_bytes
+from movdc.compiler.methods import Methods, methods_of
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact
 from movdc.targets.executorch_coreml import ExecutorchCoreml
 
-Delegate = tuple[Package, dict[str, Any]]
 pytestmark = pytest.mark.slow  # a conversion takes seconds
 TOLERANCE = 1e-4  # relative L2 error of fp32 against eager
 TARGET = ExecutorchCoreml()
@@ -33,7 +33,7 @@ def artifact(
 
 
 @pytest.fixture(scope="session")
-def packages(
+def delegates(
     coreml_pieces: dict[str, Piece],
     names: tuple[str, str],
     artifact: Artifact,
@@ -57,26 +57,25 @@ def test_whole_partition_is_delegated(artifact: Artifact) -> None:
 
 
 def test_delegate_computes_what_eager_does(
-    packages: dict[str, Delegate],
+    delegates: dict[str, Delegate],
     coreml_pieces: dict[str, Piece],
     random_inputs: Callable[[Piece], list[Tensor]],
     run_eagerly: Callable[..., list[Tensor]],
 ) -> None:
     results = []
-    for name, (package, metadata) in packages.items():
+    for name, delegate in delegates.items():
         piece = coreml_pieces[name]
-        inputs, order = random_inputs(piece), metadata["inputNames"]
-        for got, wanted in zip(
-            package.run(dict(zip(order, inputs, strict=True))), run_eagerly(piece, inputs), strict=True
-        ):
+        inputs = random_inputs(piece)
+        for got, wanted in zip(delegate.run(inputs), run_eagerly(piece, inputs), strict=True):
             assert float((got - wanted).norm() / wanted.norm()) <= TOLERANCE, name
         results.append(got)
     assert float((results[0] - results[1]).norm() / results[0].norm()) > 100 * TOLERANCE, "they differ in weights"
 
 
-def test_each_partition_has_an_identifier_of_its_own(packages: dict[str, Delegate]) -> None:
-    identifiers = {metadata["identifier"] for _, metadata in packages.values()}
-    assert len(identifiers) == 2, "Core ML's compiled models are kept by it"
+def test_each_program_has_an_identifier_of_its_own(delegates: dict[str, Delegate]) -> None:
+    assert len({delegate.identifier for delegate in delegates.values()}) == 2, (
+        "Core ML's compiled models are kept by it"
+    )
 
 
 def test_same_weights_give_the_same_program(
@@ -87,9 +86,55 @@ def test_same_weights_give_the_same_program(
     assert made[0] == made[1]
 
 
-def test_package_is_what_ios_18_takes(packages: dict[str, Delegate]) -> None:
-    package, _ = next(iter(packages.values()))
-    for operation in package.operations("main"):
+def test_package_is_what_ios_18_takes(delegates: dict[str, Delegate]) -> None:
+    for operation in next(iter(delegates.values())).package.operations("main"):
         for output in operation.outputs:
             assert output.type.tensorType.rank <= 5
             assert output.type.tensorType.dataType in DTYPES or operation.type == "const"
+
+
+@pytest.fixture(scope="module")
+def both(coreml_pieces: dict[str, Piece]) -> Methods:
+    """A partition of the denoiser, plain and merged."""
+    stage = {
+        variant: {name: piece for name, piece in coreml_pieces.items() if name.startswith(f"denoiser.{variant}.")}
+        for variant in ("plain", "merged")
+    }
+    return next(one for one in methods_of(stage, TARGET) if len(one.pieces) == 2)
+
+
+@pytest.fixture(scope="module")
+def program_of_both(both: Methods, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Its program, with its weights."""
+    root = tmp_path_factory.mktemp("both")
+    artifact = TARGET.emit_methods(both.pieces, root)["plain"]
+    refs = {weight.name: weight.ref for weight in both.weights}
+    TARGET.fill(artifact.program, artifact.slots, refs, root / "filled.pte")
+    return root / "filled.pte"
+
+
+def test_variants_are_methods_that_share_weights(both: Methods, program_of_both: Path) -> None:
+    weight_bytes = sum(size_bytes(weight.node) for weight in both.weights)
+    own_bytes = [piece.weight_bytes for piece in both.pieces.values()]
+    assert weight_bytes < 0.6 * sum(own_bytes)
+    assert program_of_both.stat().st_size < 1.1 * weight_bytes + 400_000
+
+
+def test_methods_compute_what_eager_does(
+    both: Methods,
+    program_of_both: Path,
+    random_inputs: Callable[[Piece], list[Tensor]],
+    run_eagerly: Callable[..., list[Tensor]],
+    tmp_path: Path,
+) -> None:
+    identifiers = set()
+    for method, piece in both.pieces.items():
+        folder = tmp_path / method
+        folder.mkdir()
+        delegate = delegated(program_of_both, folder, method)
+        assert delegate.function == method
+        identifiers.add(delegate.identifier)
+        inputs = random_inputs(piece)
+        for got, wanted in zip(delegate.run(inputs), run_eagerly(piece, inputs), strict=True):
+            assert float((got - wanted).norm() / wanted.norm()) <= TOLERANCE, method
+    assert len(identifiers) == 1, "Core ML compiles one package"

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from movdc.compiler.cost import size_bytes
+from movdc.compiler.methods import methods_of
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact
 from movdc.targets.executorch_vulkan import ExecutorchVulkan
@@ -58,6 +60,20 @@ def test_each_partition_has_its_own_weights_in_the_template(
     assert not np.array_equal(*programs)
     weight_bytes = pieces[names[0]].weight_bytes
     assert weight_bytes <= sum(slot.size_bytes for slot in artifact.slots) <= 1.1 * weight_bytes
+
+
+def test_methods_share_weights(pieces: dict[str, Piece], tmp_path: Path) -> None:
+    stage = {
+        variant: {name: piece for name, piece in pieces.items() if name.startswith(f"denoiser.{variant}.")}
+        for variant in ("plain", "merged")
+    }
+    shared = (methods for methods in methods_of(stage, TARGET) if len(methods.pieces) == 2)
+    both = min(shared, key=lambda methods: methods.nodes)
+    artifacts = TARGET.emit_methods(both.pieces, tmp_path)
+    assert artifacts["plain"].program == artifacts["merged"].program
+    weight_bytes = sum(size_bytes(weight.node) for weight in both.weights)
+    assert weight_bytes < 0.6 * sum(piece.weight_bytes for piece in both.pieces.values())
+    assert weight_bytes <= sum(slot.size_bytes for slot in artifacts["plain"].slots) <= 1.1 * weight_bytes
 
 
 def test_refuses_what_vulkan_computes_otherwise() -> None:
