@@ -94,7 +94,7 @@ def _wanted(
     program: Program, pieces: Mapping[tuple[str, str], Mapping[str, Piece]], target: Target
 ) -> list[tuple[Methods, str]]:
     """The programs of all stages, each with the name of its template; those of one template are lowered once."""
-    template_of = {}
+    template_of: dict[str, str] = {}
     stages: dict[str, dict[str, Mapping[str, Piece]]] = {}
     for stage, variant, graph in program.graphs():
         own = stages.setdefault(stage, {})[variant] = pieces[stage, variant]

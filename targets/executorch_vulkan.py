@@ -78,7 +78,7 @@ class ExecutorchVulkan(Target):
         return fill_weights(program, slots, refs, path)
 
 
-def _lower(pieces: Mapping[str, Piece], directory: Path) -> tuple[bytearray, dict[str, tuple[int, Mapping[str, int]]]]:
+def _lower(pieces: Mapping[str, Piece], directory: Path) -> tuple[bytearray, dict[str, tuple[int, dict[str, int]]]]:
     """A program, and of each method its delegated nodes and its fallback nodes."""
     from executorch.backends.vulkan.partitioner.vulkan_partitioner import VulkanPartitioner
     from executorch.exir import to_edge_transform_and_lower
