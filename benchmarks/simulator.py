@@ -1,12 +1,13 @@
 """The simulator beside the engine: seconds a step and peak memory of a denoiser, over budgets and what loads take.
 
-    python benchmarks/simulator.py                      # loads of 0.3, 1 and 3 times the runs: 15 minutes, 5 to compile
+    python benchmarks/simulator.py                      # loads of 0.3, 1 and 3 times the runs: half an hour
     python benchmarks/simulator.py --ratio 1            # one of them
     python benchmarks/simulator.py --bundle out/tiny    # another bundle
 
 The engine runs every budget in turns, and three ways that tell the rates (`movdc calibrate`): all of it loaded one
-after the other, loaded beside what runs, and all of it staying. Then the simulator plays them by the rates that fit
-all turns; what is shown are medians of settled steps. Weights are packed before; what has been freed is dropped from
+after the other, loaded beside what runs, and all of it staying; each turn in another order, so that none always comes
+when the machine is at its slowest. Then the simulator plays them by the rates that fit all turns; what is shown are
+medians of settled steps. Weights are packed before; what has been freed is dropped from
 the page cache after each step, so that it is read from the disk again, as on a phone that has no memory left. Bundles
 are kept in build/streaming.
 """
@@ -14,6 +15,7 @@ are kept in build/streaming.
 from __future__ import annotations
 
 import os
+import random
 import statistics
 import tempfile
 from dataclasses import dataclass
@@ -153,11 +155,11 @@ def compare(arms: Arms, rounds: int) -> list[Compared]:
     budgets = [max(round(share * arms.weights_bytes), least_bytes) for share in SHARES]
     ways: list[Way] = [*arms.calibrating, *(("dynamic", budget_bytes) for budget_bytes in budgets)]
     measured: dict[Way, list[tuple[float, int]]] = {way: [] for way in ways}
-    traces = []
+    traces, shuffle = [], random.Random(0).sample
     for _ in range(rounds):
-        for way, found in measured.items():
+        for way in shuffle(ways, len(ways)):
             events, seconds, peak_bytes = arms.measure(*way)
-            found.append((seconds, peak_bytes))
+            measured[way].append((seconds, peak_bytes))
             if way in arms.calibrating:
                 traces.append(events)
     arms.calibrate(traces)
@@ -194,7 +196,7 @@ def print_table(console: Console, title: str, arms: Arms, found: list[Compared])
 def main(
     ratio: Annotated[str, typer.Option(help=f"Which of {', '.join(VIDEOS)}; commas between.")] = ",".join(VIDEOS),
     bundle: Annotated[Path | None, typer.Option(help="A bundle of your own, in place of those.")] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Turns over the budgets.")] = 5,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns over the budgets.")] = 15,
     steps: Annotated[int, typer.Option(min=4, help="Steps of a run.")] = 6,
     hidden: Annotated[int, typer.Option(min=64, help="Channels; a block has 64 bytes a channel squared.")] = HIDDEN,
     depth: Annotated[int, typer.Option(min=1, help="Layers of two blocks.")] = DEPTH,
