@@ -18,10 +18,10 @@ HEAD = ("partition", "target", "delegated nodes", "other nodes", "program", "wei
 
 
 def rows(bundle: Bundle) -> list[tuple[str, ...]]:
-    """A row for each run of partitions that share a program: their names, its nodes, the bytes of the first."""
+    """A row for each run of partitions that a program runs alike: their names, its nodes, the bytes of the first."""
     sizes = {file.path: file.size_bytes for file in bundle.manifest.files}
     found = []
-    for program, group in groupby(bundle.manifest.partitions, lambda one: one.program):
+    for (program, _), group in groupby(bundle.manifest.partitions, lambda one: (one.program, one.method)):
         some = list(group)
         first = some[0]
         found.append(

@@ -87,7 +87,8 @@ def lower(
         path = writer.add_program(program_entry, target.program_suffix)
         for name in methods.partitions.values():
             made[name] = made[name].model_copy(update={"program": path, "weights": tuple(weights)})
-    return Lowered(stages, tuple(made.values()), errors.worst_first())
+    partitions = tuple(made[name] for own in pieces.values() for name in own)
+    return Lowered(stages, partitions, errors.worst_first())
 
 
 def _wanted(
