@@ -167,7 +167,7 @@ class _Stage:
             raise BudgetError(
                 name,
                 f"takes about {format_bytes(needs_bytes)} at least, cut between layers; "
-                f"the budget is {format_bytes(budget_bytes)}",
+                f"the budget is {format_bytes(budget_bytes)}; --exact cuts within layers, too, as a compile does",
             )
         reserved_bytes = 0
         for _ in range(PLANS):
