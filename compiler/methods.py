@@ -68,9 +68,9 @@ def _together(group: Mapping[str, tuple[str, Piece]]) -> Methods:
     if len(group) == 1:
         ((name, piece),) = group.values()
         return Methods({FORWARD: name}, {FORWARD: piece})
-    method = {variant: variant.replace("-", "_") for variant in group}
-    pieces = _with_common_names({method[variant]: piece for variant, (_, piece) in group.items()})
-    return Methods({method[variant]: name for variant, (name, _) in group.items()}, pieces)
+    methods = {variant.replace("-", "_"): one for variant, one in group.items()}
+    pieces = _with_common_names({method: piece for method, (_, piece) in methods.items()})
+    return Methods({method: name for method, (name, _) in methods.items()}, pieces)
 
 
 def _with_common_names(pieces: Mapping[str, Piece]) -> dict[str, Piece]:

@@ -104,7 +104,8 @@ class ExecutorchCoreml(Target):
         exported = {method: exported_piece(piece, directory) for method, piece in pieces.items()}
         partitioner = {method: [CoreMLPartitioner(compile_specs=specs)] for method in pieces}
         edge = to_edge_transform_and_lower(exported, partitioner=partitioner)
-        return program_of(edge), {method: delegation(edge.exported_program(method).graph_module) for method in pieces}
+        found = {method: delegation(edge.exported_program(method).graph_module) for method in pieces}
+        return program_of(edge), found  # which changes the graphs
 
     def fill(self, program: Path, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Copy a template's program, with weights in the place of its stand-ins."""

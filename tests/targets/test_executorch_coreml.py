@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 from mil_interpreter import DTYPES, Delegate, delegated
-from torch import Tensor
+from module_source import ModuleSource
+from torch import Tensor, nn
 
 from movdc.compiler.cost import size_bytes
 from movdc.compiler.methods import Methods, methods_of
-from movdc.compiler.pieces import Piece
+from movdc.compiler.pieces import Piece, split
 from movdc.compiler.target import Artifact
+from movdc.compiler.trace import trace
+from movdc.runtime.bundle import TensorSpec
 from movdc.targets.executorch_coreml import ExecutorchCoreml
 
 pytestmark = pytest.mark.slow  # a conversion takes seconds
@@ -138,3 +141,29 @@ def test_methods_compute_what_eager_does(
         for got, wanted in zip(delegate.run(inputs), run_eagerly(piece, inputs), strict=True):
             assert float((got - wanted).norm() / wanted.norm()) <= TOLERANCE, method
     assert len(identifiers) == 1, "Core ML compiles one package"
+
+
+class Halves(nn.Module):
+    """Two products; one variant truncates between them, which Core ML does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)
+        self.truncates = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.two(self.one(x).trunc() if self.truncates else self.one(x))
+
+
+def test_methods_with_other_delegates_store_their_weights_again(tmp_path: Path) -> None:
+    module, stage = Halves(), {}
+    refs, x = ModuleSource(module).refs(), TensorSpec(name="x", dtype="f32", shape=(4, 64))
+    for variant in ("plain", "merged"):
+        module.truncates = variant == "plain"
+        (piece,) = split(trace(lambda: module, (x,), ("out",), refs), "denoiser")
+        stage[variant] = {f"denoiser.{variant}.0": piece}
+    (methods,) = methods_of(stage, TARGET)
+    artifacts = TARGET.emit_methods(methods.pieces, tmp_path)
+    assert artifacts["plain"].fallback == {"aten.trunc.default": 1}
+    assert artifacts["merged"].fallback == {}
+    assert sorted(slot.weight for slot in artifacts["plain"].slots) == 2 * ["weights_0"] + 2 * ["weights_1"]
