@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import logging
 import re
 import uuid
@@ -18,6 +19,7 @@ from typing import Any, ClassVar, Literal
 from torch import fx
 
 from movdc.compiler.abilities import Abilities
+from movdc.compiler.errors import InternalError
 from movdc.compiler.heap import give_back_memory
 from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece
@@ -29,7 +31,8 @@ from movdc.targets.delegation import delegation, program_of
 from movdc.targets.inside import fill_weights, find_weights
 from movdc.targets.mil import FOLDING, exported_piece
 
-_IDENTIFIER = re.compile(rb"executorch_[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_IDENTIFIER = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # of packages and of their files
+_MANIFEST = re.compile(rb'\{\s*"fileFormatVersion":.*?"rootModelIdentifier":[^}]*\}', re.DOTALL)  # of a package
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ class ExecutorchCoreml(Target):
                 data, found = self._lower(pieces, directory, shares=False)
         path = directory / "program.pte"
         give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
+        _sort_manifests(data)
         _rename(data, b"template")
         path.write_bytes(data)
         sha256 = hashlib.sha256(data).hexdigest()
@@ -121,9 +125,20 @@ class ExecutorchCoreml(Target):
 
 
 def _rename(data: Any, seed: bytes) -> None:
-    """Give each package in a program an identifier that depends on the seed and on its place, wherever it is named."""
+    """Replace random identifiers by ones that depend on the seed and on their order, the same wherever one is named."""
     names: dict[bytes, bytes] = {}
     for match in list(_IDENTIFIER.finditer(data)):
         name = uuid.UUID(bytes=hashlib.sha256(seed + bytes([len(names)])).digest()[:16])
         start, end = match.span()
-        data[start:end] = names.setdefault(bytes(match[0]), f"executorch_{name}".encode())
+        data[start:end] = names.setdefault(bytes(match[0]), str(name).encode())
+
+
+def _sort_manifests(data: bytearray) -> None:
+    """Put the files of each package in the order of their names; Core ML's tools have that of random identifiers."""
+    for match in list(_MANIFEST.finditer(data)):
+        manifest = json.loads(match[0])
+        manifest["itemInfoEntries"] = dict(sorted(manifest["itemInfoEntries"].items(), key=lambda one: one[1]["name"]))
+        text, (start, end) = json.dumps(manifest, indent=4).encode(), match.span()
+        if len(text) != end - start:
+            raise InternalError("the manifest of a Core ML package does not fit into its place in the program")
+        data[start:end] = text

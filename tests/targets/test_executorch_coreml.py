@@ -155,7 +155,9 @@ class Halves(nn.Module):
         return self.two(self.one(x).trunc() if self.truncates else self.one(x))
 
 
-def test_methods_with_other_delegates_store_their_weights_again(tmp_path: Path) -> None:
+@pytest.fixture
+def halves() -> Methods:
+    """Both variants of a small block."""
     module, stage = Halves(), {}
     refs, x = ModuleSource(module).refs(), TensorSpec(name="x", dtype="f32", shape=(4, 64))
     for variant in ("plain", "merged"):
@@ -163,7 +165,18 @@ def test_methods_with_other_delegates_store_their_weights_again(tmp_path: Path) 
         (piece,) = split(trace(lambda: module, (x,), ("out",), refs), "denoiser")
         stage[variant] = {f"denoiser.{variant}.0": piece}
     (methods,) = methods_of(stage, TARGET)
-    artifacts = TARGET.emit_methods(methods.pieces, tmp_path)
+    return methods
+
+
+def test_methods_with_other_delegates_store_their_weights_again(halves: Methods, tmp_path: Path) -> None:
+    artifacts = TARGET.emit_methods(halves.pieces, tmp_path)
     assert artifacts["plain"].fallback == {"aten.trunc.default": 1}
     assert artifacts["merged"].fallback == {}
     assert sorted(slot.weight for slot in artifacts["plain"].slots) == 2 * ["weights_0"] + 2 * ["weights_1"]
+
+
+def test_the_same_pieces_give_the_same_bytes(halves: Methods, tmp_path: Path) -> None:
+    merged = halves.pieces["merged"]
+    alike = {"one": merged, "two": merged}
+    assert TARGET.emit_methods(alike, tmp_path)["one"].sha256 == TARGET.emit_methods(alike, tmp_path)["one"].sha256
+    assert TARGET.emit(merged, tmp_path).sha256 == TARGET.emit(merged, tmp_path).sha256
