@@ -28,7 +28,7 @@ from movdc.compiler.weights import WeightRef
 from movdc.runtime.bundle import DType
 from movdc.targets.coreml import Coreml
 from movdc.targets.delegation import delegation, program_of
-from movdc.targets.inside import fill_weights, find_weights
+from movdc.targets.inside import fill_weights, write_program
 from movdc.targets.mil import FOLDING, exported_piece
 
 _IDENTIFIER = re.compile(rb"[0-9a-f]{8}(?:-[0-9a-f]{4}){3}-[0-9a-f]{12}")  # of packages and of their files
@@ -74,17 +74,10 @@ class ExecutorchCoreml(Target):
                 data, found = self._lower(pieces, directory, shares=True)
             except ValueError:  # the delegate pairs packages of methods, and one has more of them than another
                 data, found = self._lower(pieces, directory, shares=False)
-        path = directory / "program.pte"
         give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
         _sort_manifests(data)
         _rename(data, b"template")
-        path.write_bytes(data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        slots = tuple(find_weights(pieces.values(), data))
-        return {
-            method: Artifact(path, sha256, slots, self.estimate(pieces[method]), delegated_nodes, fallback)
-            for method, (delegated_nodes, fallback) in found.items()
-        }
+        return write_program(self, pieces, data, found, directory)
 
     def _lower(
         self, pieces: Mapping[str, Piece], directory: Path, *, shares: bool

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import WeightRef
 from movdc.targets.delegation import delegation, program_of
-from movdc.targets.inside import fill_weights, find_weights
+from movdc.targets.inside import fill_weights, write_program
 
 
 @dataclass(frozen=True)
@@ -64,14 +63,7 @@ class ExecutorchVulkan(Target):
         """
         data, found = _lower(pieces, directory)
         give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
-        path = directory / "program.pte"
-        path.write_bytes(data)
-        sha256 = hashlib.sha256(data).hexdigest()
-        slots = tuple(find_weights(pieces.values(), data))
-        return {
-            method: Artifact(path, sha256, slots, self.estimate(pieces[method]), delegated_nodes, fallback)
-            for method, (delegated_nodes, fallback) in found.items()
-        }
+        return write_program(self, pieces, data, found, directory)
 
     def fill(self, program: Path, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Copy a template's program, with weights in the place of its stand-ins."""

@@ -18,8 +18,26 @@ from movdc.compiler.errors import InternalError
 from movdc.compiler.int8 import Loss
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import DTYPES
-from movdc.compiler.target import Slot, Written
+from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import INT8, WeightRef
+
+
+def write_program(
+    target: Target,
+    pieces: Mapping[str, Piece],
+    data: bytearray,
+    delegation: Mapping[str, tuple[int, Mapping[str, int]]],
+    directory: Path,
+) -> dict[str, Artifact]:
+    """Write the program of some methods, of each of which the delegated and the fallback nodes are known."""
+    path = directory / "program.pte"
+    path.write_bytes(data)
+    sha256 = hashlib.sha256(data).hexdigest()
+    slots = tuple(find_weights(pieces.values(), data))
+    return {
+        method: Artifact(path, sha256, slots, target.estimate(piece), *delegation[method])
+        for method, piece in pieces.items()
+    }
 
 
 def find_weights(pieces: Iterable[Piece], data: bytearray) -> Iterator[Slot]:
