@@ -321,9 +321,14 @@ class Bundle:
                     f"{root / MANIFEST}: format_version {version}, this movdc reads {FORMAT_VERSION}; compile again"
                 )
             return cls(root, Manifest.model_validate_json(text), hashlib.sha256(text).hexdigest())
-        except (ValidationError, ValueError, KeyError, TypeError) as error:
-            first = str(error).splitlines()[0]
-            raise BundleError(f"{root / MANIFEST}: not a movdc manifest ({first})") from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"])) or "it"
+            raise BundleError(
+                f"{root / MANIFEST}: not a manifest of this movdc: {where}: {first['msg']}; compile the bundle again"
+            ) from error
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{root / MANIFEST}: not a movdc manifest ({error}); compile the bundle again") from error
 
     @cached_property
     def partitions(self) -> dict[str, Partition]:

@@ -1,12 +1,13 @@
 """A damaged or foreign file is refused by its name, before anything of the bundle runs."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from movdc.runtime.bundle import MANIFEST, SEAL, Bundle
+from movdc.runtime.bundle import MANIFEST, SEAL, Bundle, seal_of
 from movdc.runtime.errors import BundleError
 from movdc.runtime.executor import Executor
 
@@ -98,6 +99,16 @@ def test_the_manifest_and_seal_of_another_bundle_are_refused_with_its_files(copy
         shutil.copyfile(small_bundle / name, copy / name)
     with pytest.raises(BundleError, match=r"(programs|weights)/\w+"):
         Executor(Bundle.read(copy))
+
+
+def test_a_manifest_of_another_form_is_refused_by_the_key_that_differs(copy: Path) -> None:
+    manifest = json.loads((copy / MANIFEST).read_text())
+    del manifest["partitions"][0]["method"]
+    text = json.dumps(manifest).encode()
+    (copy / MANIFEST).write_bytes(text)
+    (copy / SEAL).write_text(seal_of(text))
+    with pytest.raises(BundleError, match=r"partitions\.0\.method: Field required; compile the bundle again"):
+        Bundle.read(copy)
 
 
 def test_a_file_that_the_manifest_does_not_list_is_harmless(bundle: Path, copy: Path) -> None:
