@@ -72,7 +72,10 @@ class ExecutorchCoreml(Target):
             warnings.simplefilter("ignore")
             try:
                 data, found = self._lower(pieces, directory, shares=True)
-            except ValueError:  # the delegate pairs packages of methods, and one has more of them than another
+            except ValueError as error:
+                if "POSITIONAL" not in str(error):
+                    raise
+                # The delegate pairs packages of methods, and one has more of them than another.
                 data, found = self._lower(pieces, directory, shares=False)
         give_back_memory()  # what was exported is a knot of references, and holds copies of all the stand-ins
         _sort_manifests(data)
