@@ -117,7 +117,9 @@ class Target(Configured, ABC):
 
     def emit_methods(self, pieces: Mapping[str, Piece], directory: Path) -> dict[str, Artifact]:
         """Lower pieces of the same weights to methods of one program, where weights are in it; an artifact for each."""
-        raise InternalError(f"{self.name} keeps weights outside of programs")
+        raise InternalError(
+            f"{self.name} has weights in its programs, and no emit_methods for variants that share them"
+        )
 
     def write_weights(self, slots: Sequence[Slot], refs: Mapping[str, WeightRef], path: Path) -> Written:
         """Write the weights of one piece (by name) under the keys of its program, a part of a tensor at a time."""
