@@ -7,9 +7,8 @@
 The engine runs every budget in turns, and three ways that tell the rates (`movdc calibrate`): all of it loaded one
 after the other, loaded beside what runs, and all of it staying; each turn in another order, so that none always comes
 when the machine is at its slowest. Then the simulator plays them by the rates that fit all turns; what is shown are
-medians of settled steps. Weights are packed before; what has been freed is dropped from
-the page cache after each step, so that it is read from the disk again, as on a phone that has no memory left. Bundles
-are kept in build/streaming.
+medians of settled steps. Weights are packed before; what has been freed is dropped from the page cache after each step,
+so that it is read from the disk again, as on a phone that has no memory left. Bundles are kept in build/streaming.
 """
 
 from __future__ import annotations
@@ -155,9 +154,9 @@ def compare(arms: Arms, rounds: int) -> list[Compared]:
     budgets = [max(round(share * arms.weights_bytes), least_bytes) for share in SHARES]
     ways: list[Way] = [*arms.calibrating, *(("dynamic", budget_bytes) for budget_bytes in budgets)]
     measured: dict[Way, list[tuple[float, int]]] = {way: [] for way in ways}
-    traces, shuffle = [], random.Random(0).sample
+    traces, turns = [], random.Random(0)
     for _ in range(rounds):
-        for way in shuffle(ways, len(ways)):
+        for way in turns.sample(ways, len(ways)):
             events, seconds, peak_bytes = arms.measure(*way)
             measured[way].append((seconds, peak_bytes))
             if way in arms.calibrating:

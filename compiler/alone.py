@@ -7,6 +7,7 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact, Slot, Target
 from movdc.runtime.bundle import MANIFEST, SEAL, Bundle, File, Manifest, Partition, WeightsFile, seal_of
@@ -37,7 +38,7 @@ def lower_alone(piece: Piece, target: Target, manifest: Manifest, folder: Path) 
     partition = Partition(
         name=NAME,
         program=program,
-        method="forward",
+        method=FORWARD,
         weights=tuple(file.path for file in weights),
         inputs=tuple(piece.tensor(node) for node in piece.inputs),
         outputs=tuple(piece.tensor(node) for node in piece.outputs),

@@ -21,6 +21,7 @@ from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
 from movdc.compiler.layers import Layer, StageLayers, most_working_bytes, shared_bytes
 from movdc.compiler.levels import variant_of
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.repeats import fewest_programs
 from movdc.compiler.residency import Chain, first_needs_bytes, most_bytes
 from movdc.compiler.units import format_bytes
@@ -289,7 +290,7 @@ def _partitions(
             Partition(
                 name=f"{stage.name}.{variant}.{index}",
                 program="programs/p.pte",
-                method="forward",
+                method=FORWARD,
                 weights=(f"weights/{stage.name}-{index}",),
                 inputs=inputs,
                 outputs=(_tensor(f"h{index}", out_bytes),),

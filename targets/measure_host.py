@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from movdc.compiler.device import SLAB_BYTES, DeviceProfile, Machine
 from movdc.compiler.int8_readers import quantized_graph
 from movdc.compiler.levels import variant_of
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece, piece_of
 from movdc.compiler.program import Graph
 from movdc.compiler.residency import Chain
@@ -174,7 +175,7 @@ def _write_bundle(root: Path, pieces: list[Piece]) -> None:
             Partition(
                 name=str(index),
                 program=program.name,
-                method="forward",
+                method=FORWARD,
                 weights=(path.name,),
                 inputs=tuple(map(piece.tensor, piece.inputs)),
                 outputs=tuple(map(piece.tensor, piece.outputs)),

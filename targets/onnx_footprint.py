@@ -14,6 +14,7 @@ from importlib import resources
 from pathlib import Path
 
 from movdc.compiler.errors import InternalError
+from movdc.compiler.methods import FORWARD
 from movdc.compiler.target import Memory
 from movdc.runtime.bundle import Constant, Partition, TensorSpec
 
@@ -28,7 +29,7 @@ def measure(
     record = Partition(
         name="measured.0",
         program=program.name,
-        method="forward",
+        method=FORWARD,
         weights=tuple(constants),
         inputs=tuple(inputs),
         outputs=tuple(outputs),
