@@ -7,10 +7,9 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece
 from movdc.compiler.target import Artifact, Slot, Target
-from movdc.runtime.bundle import MANIFEST, SEAL, Bundle, File, Manifest, Partition, WeightsFile, seal_of
+from movdc.runtime.bundle import FORWARD, MANIFEST, SEAL, Bundle, File, Manifest, Partition, WeightsFile, seal_of
 from movdc.runtime.expected import Expected
 
 NAME = "alone"

@@ -19,8 +19,9 @@ import torch
 
 from movdc.compiler.errors import InternalError, MovdcError
 from movdc.compiler.heap import give_back_memory
-from movdc.compiler.methods import FORWARD, Methods
+from movdc.compiler.methods import Methods
 from movdc.compiler.target import Artifact, Target
+from movdc.runtime.bundle import FORWARD
 
 # Of weights and of values that are lowered at the same time, where more than one template is. An SDK holds copies of
 # weights, and measuring runs the program: lowering takes half a gigabyte and twice the two.

@@ -16,14 +16,13 @@ from movdc.compiler.errors import BudgetError
 from movdc.compiler.family import Family
 from movdc.compiler.fit import Fit, StageFit
 from movdc.compiler.lower import Progress, partition_of, pieces_of, stages_of
-from movdc.compiler.methods import FORWARD
 from movdc.compiler.pass_base import Pass
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import Program
 from movdc.compiler.residency import Chain, most_bytes
 from movdc.compiler.spec import SpecFile
 from movdc.compiler.target import Target
-from movdc.runtime.bundle import Partition, Stage
+from movdc.runtime.bundle import FORWARD, Partition, Stage
 from movdc.runtime.simulate import Call, Simulator, named_calls
 from movdc.runtime.timeline import Event, stage_times
 

@@ -21,11 +21,10 @@ from movdc.compiler.device import Machine
 from movdc.compiler.errors import BudgetError
 from movdc.compiler.layers import Layer, StageLayers, most_working_bytes, shared_bytes
 from movdc.compiler.levels import variant_of
-from movdc.compiler.methods import FORWARD
 from movdc.compiler.repeats import fewest_programs
 from movdc.compiler.residency import Chain, first_needs_bytes, most_bytes
 from movdc.compiler.units import format_bytes
-from movdc.runtime.bundle import Partition, TensorSpec
+from movdc.runtime.bundle import FORWARD, Partition, TensorSpec
 from movdc.runtime.simulate import Call, Simulator
 from movdc.runtime.timeline import Report, stage_times
 

@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 
 from movdc.compiler.pieces import Piece, PieceWeight
 from movdc.compiler.target import Target
-
-FORWARD = "forward"  # the method of a program that has one
+from movdc.runtime.bundle import FORWARD
 
 
 @dataclass(frozen=True)

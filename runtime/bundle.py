@@ -21,6 +21,7 @@ FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 SEAL = "bundle.sha256"
 REPORT = "report.html"  # for people
+FORWARD = "forward"  # the method of a program that has one
 
 DType = Literal["f32", "f16", "bf16", "i64", "i32", "i8", "u8", "bool"]
 ITEM_BYTES: dict[DType, int] = {"f32": 4, "f16": 2, "bf16": 2, "i64": 8, "i32": 4, "i8": 1, "u8": 1, "bool": 1}

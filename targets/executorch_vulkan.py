@@ -14,11 +14,11 @@ from torch import fx
 
 from movdc.compiler.abilities import Abilities
 from movdc.compiler.heap import give_back_memory
-from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece
 from movdc.compiler.program import value_of
 from movdc.compiler.target import Artifact, Slot, Target, Written
 from movdc.compiler.weights import WeightRef
+from movdc.runtime.bundle import FORWARD
 from movdc.targets.delegation import delegation, program_of
 from movdc.targets.inside import fill_weights, write_program
 

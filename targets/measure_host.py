@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from movdc.compiler.device import SLAB_BYTES, DeviceProfile, Machine
 from movdc.compiler.int8_readers import quantized_graph
 from movdc.compiler.levels import variant_of
-from movdc.compiler.methods import FORWARD
 from movdc.compiler.pieces import Piece, piece_of
 from movdc.compiler.program import Graph
 from movdc.compiler.residency import Chain
@@ -28,6 +27,7 @@ from movdc.compiler.trace import trace
 from movdc.compiler.weights import RandomSource
 from movdc.runtime.bundle import (
     FORMAT_VERSION,
+    FORWARD,
     MANIFEST,
     SEAL,
     File,

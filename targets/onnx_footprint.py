@@ -14,9 +14,8 @@ from importlib import resources
 from pathlib import Path
 
 from movdc.compiler.errors import InternalError
-from movdc.compiler.methods import FORWARD
 from movdc.compiler.target import Memory
-from movdc.runtime.bundle import Constant, Partition, TensorSpec
+from movdc.runtime.bundle import FORWARD, Constant, Partition, TensorSpec
 
 
 def measure(
